@@ -1,0 +1,163 @@
+//! The gateway: accepts client connections and starts a session for each.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use ractor::{Actor, ActorProcessingErr, ActorRef, SupervisionEvent};
+use tokio::net::TcpListener;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use understudy_protocol::handshake::AccessTokens;
+use understudy_protocol::message::Limits;
+use understudy_protocol::{ErrorBody, ErrorCode};
+use understudy_telemetry::record;
+
+use crate::admission::Admissions;
+use crate::request::Surroundings;
+use crate::session::{Session, SessionArgs, SessionMsg};
+
+/// Pause after the system refused to give us a connection (it ran out of file descriptors, say).
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// What a client should wait before it tries a full gateway again, in milliseconds.
+const RETRY_AFTER_MS: u64 = 500;
+
+/// What all sessions of a gateway share.
+pub struct GatewayShared {
+    pub node: String,
+    /// Name and version of this program.
+    pub server: String,
+    pub limits: Limits,
+    pub tokens: AccessTokens,
+    pub handshake_timeout: Duration,
+    pub idle_timeout: Duration,
+    pub write_timeout: Duration,
+    pub admission: Admissions,
+    pub surroundings: Surroundings,
+    pub max_requests: usize,
+    /// One permit a request in flight.
+    pub places: Arc<Semaphore>,
+    /// Set once, when the node begins to stop.
+    pub stopping: AtomicBool,
+}
+
+impl GatewayShared {
+    /// A place for one more request.
+    ///
+    /// # Errors
+    /// `overloaded` if all are taken, `shutting_down` if the node is about to stop.
+    pub fn take_place(&self) -> Result<OwnedSemaphorePermit, ErrorBody> {
+        if self.stopping.load(Ordering::Relaxed) {
+            let message = "the gateway is stopping: submit the request at another one";
+            return Err(ErrorBody::new(ErrorCode::ShuttingDown, message));
+        }
+        self.places.clone().try_acquire_owned().map_err(|_| {
+            let message = format!("{} requests are in flight at this gateway, which is its limit", self.max_requests);
+            ErrorBody { retry_after_ms: Some(RETRY_AFTER_MS), ..ErrorBody::new(ErrorCode::Overloaded, message) }
+        })
+    }
+
+    pub fn in_flight(&self) -> usize {
+        self.max_requests.saturating_sub(self.places.available_permits())
+    }
+}
+
+/// What a gateway is told.
+#[derive(Debug)]
+pub enum GatewayMsg {
+    Accepted(tokio::net::TcpStream, std::net::SocketAddr, OwnedSemaphorePermit),
+    /// Accept nobody and nothing more; what runs goes on.
+    Close,
+    /// Tell the clients that the node stops.
+    Shutdown,
+}
+local_message!(GatewayMsg);
+
+pub struct GatewayArgs {
+    pub listener: TcpListener,
+    pub max_connections: usize,
+    pub shared: Arc<GatewayShared>,
+}
+
+pub struct Gateway;
+
+pub struct GatewayState {
+    shared: Arc<GatewayShared>,
+    acceptor: tokio::task::JoinHandle<()>,
+}
+
+impl Actor for Gateway {
+    type Msg = GatewayMsg;
+    type State = GatewayState;
+    type Arguments = GatewayArgs;
+
+    async fn pre_start(&self, me: ActorRef<GatewayMsg>, args: GatewayArgs) -> Result<GatewayState, ActorProcessingErr> {
+        let acceptor = tokio::spawn(accept(args.listener, args.max_connections, me));
+        Ok(GatewayState { shared: args.shared, acceptor })
+    }
+
+    async fn handle(
+        &self,
+        me: ActorRef<GatewayMsg>,
+        message: GatewayMsg,
+        state: &mut GatewayState,
+    ) -> Result<(), ActorProcessingErr> {
+        match message {
+            GatewayMsg::Accepted(socket, peer, permit) => {
+                let args = SessionArgs { socket, peer, shared: state.shared.clone(), permit };
+                if let Err(error) = Actor::spawn_linked(None, Session, args, me.get_cell()).await {
+                    tracing::debug!(client = %peer, %error, "session could not be started");
+                }
+            }
+            GatewayMsg::Close => {
+                state.shared.stopping.store(true, Ordering::Relaxed);
+                state.acceptor.abort();
+            }
+            GatewayMsg::Shutdown => {
+                for child in me.get_children() {
+                    child.send_message::<SessionMsg>(SessionMsg::Shutdown).ok();
+                }
+            }
+        }
+        Ok(())
+    }
+
+    async fn handle_supervisor_evt(
+        &self,
+        _me: ActorRef<GatewayMsg>,
+        event: SupervisionEvent,
+        _state: &mut GatewayState,
+    ) -> Result<(), ActorProcessingErr> {
+        // Sessions come and go; one that failed has taken its connection with it, and its requests were told.
+        if let SupervisionEvent::ActorFailed(_, error) = event {
+            tracing::error!(%error, "session failed");
+        }
+        Ok(())
+    }
+
+    async fn post_stop(&self, me: ActorRef<GatewayMsg>, state: &mut GatewayState) -> Result<(), ActorProcessingErr> {
+        state.acceptor.abort();
+        me.stop_children_and_wait(None, None).await;
+        Ok(())
+    }
+}
+
+/// Accepts connections while there are places; the others wait in the system's queue.
+async fn accept(listener: TcpListener, max_connections: usize, gateway: ActorRef<GatewayMsg>) {
+    let places = Arc::new(Semaphore::new(max_connections));
+    loop {
+        let Ok(permit) = places.clone().acquire_owned().await else { return };
+        match listener.accept().await {
+            Ok((socket, peer)) => {
+                record::connections(max_connections - places.available_permits());
+                if gateway.cast(GatewayMsg::Accepted(socket, peer, permit)).is_err() {
+                    return;
+                }
+            }
+            Err(error) => {
+                tracing::warn!(%error, "cannot accept a client connection");
+                tokio::time::sleep(ACCEPT_PAUSE).await;
+            }
+        }
+    }
+}

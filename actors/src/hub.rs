@@ -1,0 +1,95 @@
+//! The token hub: takes the tokens addressed to this gateway and hands each to its request.
+
+use std::collections::HashMap;
+
+use ractor::{Actor, ActorProcessingErr, ActorRef, RpcReplyPort, SupervisionEvent};
+use understudy_engine_core::frame::StepToken;
+use understudy_protocol::RequestId;
+use understudy_telemetry::record;
+
+use crate::request::RequestMsg;
+
+/// What the hub is told.
+#[derive(Debug)]
+pub enum HubMsg {
+    Register { request: RequestId, actor: ActorRef<RequestMsg> },
+    Unregister { request: RequestId, actor: ActorRef<RequestMsg> },
+    Tokens(Vec<StepToken>),
+    /// How many requests there are.
+    Count(RpcReplyPort<usize>),
+    /// The node stops: every request is told.
+    Shutdown,
+    Lookup { request: RequestId, reply: RpcReplyPort<Option<ActorRef<RequestMsg>>> },
+}
+local_message!(HubMsg);
+
+pub struct Hub;
+
+impl Actor for Hub {
+    type Msg = HubMsg;
+    type State = HashMap<RequestId, ActorRef<RequestMsg>>;
+    type Arguments = ();
+
+    async fn pre_start(&self, _me: ActorRef<HubMsg>, (): ()) -> Result<Self::State, ActorProcessingErr> {
+        Ok(HashMap::new())
+    }
+
+    async fn handle(
+        &self,
+        _me: ActorRef<HubMsg>,
+        message: HubMsg,
+        requests: &mut Self::State,
+    ) -> Result<(), ActorProcessingErr> {
+        match message {
+            HubMsg::Register { request, actor } => {
+                requests.insert(request, actor);
+            }
+            HubMsg::Unregister { request, actor } => {
+                // A finished request may have been brought back by another actor in the meantime.
+                if requests.get(&request).is_some_and(|known| known.get_id() == actor.get_id()) {
+                    requests.remove(&request);
+                }
+            }
+            HubMsg::Tokens(tokens) => hand_out(requests, tokens),
+            HubMsg::Count(reply) => {
+                reply.send(requests.len()).ok();
+            }
+            HubMsg::Shutdown => {
+                for request in requests.values() {
+                    request.cast(RequestMsg::Shutdown).ok();
+                }
+            }
+            HubMsg::Lookup { request, reply } => {
+                reply.send(requests.get(&request).cloned()).ok();
+            }
+        }
+        Ok(())
+    }
+
+    async fn handle_supervisor_evt(
+        &self,
+        _me: ActorRef<HubMsg>,
+        event: SupervisionEvent,
+        _requests: &mut Self::State,
+    ) -> Result<(), ActorProcessingErr> {
+        // Requests end by the thousand; one that fails has told its client and freed its place as it fell.
+        if let SupervisionEvent::ActorFailed(_, error) = event {
+            tracing::error!(%error, "request failed");
+        }
+        Ok(())
+    }
+}
+
+/// One message per request and step. An engine sends at most one token per attempt and step, so runs are short.
+fn hand_out(requests: &HashMap<RequestId, ActorRef<RequestMsg>>, tokens: Vec<StepToken>) {
+    let mut fenced = 0;
+    for token in tokens {
+        let delivered = requests
+            .get(&RequestId(token.attempt.request))
+            .is_some_and(|actor| actor.cast(RequestMsg::Tokens(vec![token])).is_ok());
+        fenced += u64::from(!delivered);
+    }
+    if fenced > 0 {
+        (0..fenced).for_each(|_| record::fenced_message());
+    }
+}

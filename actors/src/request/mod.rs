@@ -1,0 +1,341 @@
+//! The actor of one request: carries out what [`core::RequestCore`] decides.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use ractor::concurrency::JoinHandle;
+use ractor::{Actor, ActorProcessingErr, ActorRef, RpcReplyPort};
+use tokio::sync::OwnedSemaphorePermit;
+use understudy_engine_core::frame::{AttemptId, StepToken};
+use understudy_journal::{Admission, FinishedRequest};
+use understudy_protocol::message::ServerMessage;
+use understudy_protocol::{ErrorBody, ErrorCode, Position, RequestId};
+
+use crate::hub::HubMsg;
+use crate::keeper::KeeperMsg;
+use crate::outbox::Outbox;
+use crate::peer::{LossCause, Refusal, ReplicaRef};
+use crate::router::RouterMsg;
+use crate::router::core::Route;
+use crate::session::SessionMsg;
+
+pub mod core;
+mod observe;
+pub mod text;
+
+pub use self::observe::MetricsCache;
+
+use self::core::{Effect, RequestCore, Settings};
+use self::text::TextFold;
+
+/// Who watches a request: a stream of a connection.
+#[derive(Debug, Clone)]
+pub struct Audience {
+    pub outbox: Outbox,
+    pub session: ActorRef<SessionMsg>,
+    pub request: RequestId,
+    pub stream: u32,
+    pub next: Position,
+    pub credit: u32,
+}
+
+/// What a request is told.
+#[derive(Debug)]
+pub enum RequestMsg {
+    Dispatched { epoch: u32, at: ReplicaRef, fingerprint: String },
+    Tokens(Vec<StepToken>),
+    Lost { epoch: u32, cause: LossCause },
+    Refused { epoch: u32, refusal: Refusal },
+    Unroutable { epoch: u32, code: ErrorCode, reason: String },
+    Cancel,
+    Deadline,
+    /// The grace period of a request without a client is over.
+    Abandoned { watch: u64 },
+    /// The pause before an attempt is over.
+    RouteNow(Box<Route<ActorRef<RequestMsg>>>),
+    Attach { audience: Box<Audience>, reply: RpcReplyPort<Result<(), ErrorBody>> },
+    /// A connection is gone; ignored if another one watches by now.
+    Detach { session: ActorRef<SessionMsg>, stream: u32 },
+    Credit { session: ActorRef<SessionMsg>, stream: u32, tokens: u32 },
+    /// The node stops.
+    Shutdown,
+}
+local_message!(RequestMsg);
+
+/// What requests need from their gateway.
+#[derive(Clone)]
+pub struct Surroundings {
+    pub router: ActorRef<RouterMsg>,
+    pub hub: ActorRef<HubMsg>,
+    pub keeper: ActorRef<KeeperMsg>,
+    pub settings: Settings,
+    pub metrics: MetricsCache,
+    pub max_credit: u32,
+    pub resume_grace: Duration,
+}
+
+/// What a request actor is made from.
+pub enum Origin {
+    /// Just admitted, with its place among the gateway's requests in flight.
+    New { admission: Box<Admission>, place: OwnedSemaphorePermit },
+    Finished(Arc<FinishedRequest>),
+}
+
+pub struct RequestArgs {
+    pub origin: Origin,
+    pub text: TextFold,
+    pub audience: Option<Audience>,
+    pub surroundings: Surroundings,
+}
+
+pub struct Request;
+
+pub struct RequestState {
+    core: RequestCore,
+    audience: Option<Audience>,
+    /// Counts audiences, so that a timer of an earlier one does nothing.
+    watch: u64,
+    surroundings: Surroundings,
+    model: Arc<str>,
+    /// Given back with the outcome: a client that reads slowly holds no place.
+    place: Option<OwnedSemaphorePermit>,
+    guard: Guard,
+}
+
+/// Whatever happens to the actor, its place in the cluster is freed and its client is told.
+struct Guard {
+    me: ActorRef<RequestMsg>,
+    request: RequestId,
+    surroundings: Surroundings,
+    attempt: Option<AttemptId>,
+    audience: Option<Audience>,
+    /// Would otherwise outlive the actor by up to the deadline, and hold its memory.
+    deadline: Option<JoinHandle<()>>,
+}
+
+impl Drop for Guard {
+    fn drop(&mut self) {
+        if let Some(deadline) = self.deadline.take() {
+            deadline.abort();
+        }
+        if let Some(attempt) = self.attempt.take() {
+            self.surroundings.router.cast(RouterMsg::Release { attempt, cancel: true }).ok();
+        }
+        if let Some(Audience { outbox, session, stream, .. }) = self.audience.take() {
+            let error = ErrorBody::new(ErrorCode::Internal, "the request's actor ended unexpectedly; please report it");
+            outbox.send(ServerMessage::Error { stream: Some(stream), request: Some(self.request), error });
+            session.cast(SessionMsg::StreamEnded { stream, request: self.request }).ok();
+        }
+        let unregister = HubMsg::Unregister { request: self.request, actor: self.me.clone() };
+        self.surroundings.hub.cast(unregister).ok();
+    }
+}
+
+impl Actor for Request {
+    type Msg = RequestMsg;
+    type State = RequestState;
+    type Arguments = RequestArgs;
+
+    async fn pre_start(
+        &self,
+        me: ActorRef<RequestMsg>,
+        args: RequestArgs,
+    ) -> Result<RequestState, ActorProcessingErr> {
+        let RequestArgs { origin, text, audience, surroundings } = args;
+        let now = Instant::now();
+        let (core, place) = match origin {
+            Origin::New { admission, place } => {
+                (RequestCore::new(*admission, text, surroundings.settings, now), Some(place))
+            }
+            Origin::Finished(closed) => (RequestCore::finished((*closed).clone(), text, now), None),
+        };
+        let request = core.admission().request;
+        surroundings.hub.cast(HubMsg::Register { request, actor: me.clone() })?;
+        let guard =
+            Guard { me: me.clone(), request, surroundings: surroundings.clone(), attempt: None, audience: None, deadline: None };
+        let model = Arc::from(core.admission().model.as_str());
+        let deadline = Duration::from_millis(core.admission().deadline_ms);
+        let new = place.is_some();
+        let mut state = RequestState { core, audience: None, watch: 0, surroundings, model, place, guard };
+        if let Some(audience) = audience {
+            state.attach(&me, audience).map_err(|error| error.to_string())?;
+        }
+        if new {
+            state.guard.deadline = Some(tokio::spawn(remind(me.clone(), deadline)));
+            let effects = state.core.start();
+            state.carry_out(&me, effects);
+        } else {
+            // Whoever brought it back attaches to it next, or has gone away.
+            let watch = state.watch;
+            me.send_after(ATTACH_DEADLINE, move || RequestMsg::Abandoned { watch });
+        }
+        Ok(state)
+    }
+
+    async fn handle(
+        &self,
+        me: ActorRef<RequestMsg>,
+        message: RequestMsg,
+        state: &mut RequestState,
+    ) -> Result<(), ActorProcessingErr> {
+        let now = Instant::now();
+        let effects = match message {
+            RequestMsg::Tokens(tokens) => state.core.tokens(tokens, now),
+            RequestMsg::Dispatched { epoch, at, fingerprint } => {
+                state.core.dispatched(epoch, at, fingerprint, now);
+                Vec::new()
+            }
+            RequestMsg::Lost { epoch, cause } => {
+                state.log_loss(epoch, cause);
+                state.core.lost(epoch, cause, now)
+            }
+            RequestMsg::Refused { epoch, refusal } => {
+                state.log_refusal(epoch, &refusal);
+                state.core.refused(epoch, refusal, now)
+            }
+            RequestMsg::Unroutable { epoch, code, reason } => state.core.unroutable(epoch, code, reason, now),
+            RequestMsg::Cancel => state.core.cancel(now),
+            RequestMsg::Deadline => state.core.deadline(now),
+            RequestMsg::Abandoned { watch } if watch == state.watch && state.audience.is_none() => {
+                state.core.cancel(now)
+            }
+            RequestMsg::Abandoned { .. } => Vec::new(),
+            RequestMsg::RouteNow(route) => {
+                if route.start.attempt.epoch == state.core.epoch() && state.core.outcome().is_none() {
+                    state.route(*route);
+                }
+                Vec::new()
+            }
+            RequestMsg::Attach { audience, reply } => {
+                reply.send(state.attach(&me, *audience)).ok();
+                Vec::new()
+            }
+            RequestMsg::Detach { session, stream } => state.detach(&me, &session, stream, now),
+            RequestMsg::Credit { session, stream, tokens } if state.is_watched_by(&session, stream) => {
+                state.core.credit(tokens, state.surroundings.max_credit)
+            }
+            RequestMsg::Credit { .. } => Vec::new(),
+            RequestMsg::Shutdown => {
+                let message = "the gateway is stopping: submit the request again at another one";
+                state.core.fail(ErrorBody::new(ErrorCode::ShuttingDown, message), now)
+            }
+        };
+        state.carry_out(&me, effects);
+        state.stop_if_over(&me);
+        Ok(())
+    }
+}
+
+impl RequestState {
+    fn carry_out(&mut self, me: &ActorRef<RequestMsg>, effects: Vec<Effect>) {
+        for effect in effects {
+            match effect {
+                Effect::Route { start, fingerprint, avoid, after } => {
+                    let route = Route { model: self.model.clone(), start, fingerprint, avoid, reply: me.clone() };
+                    if after.is_zero() {
+                        self.route(route);
+                    } else {
+                        me.send_after(after, move || RequestMsg::RouteNow(Box::new(route)));
+                    }
+                }
+                Effect::Release { attempt, cancel } => {
+                    self.guard.attempt = None;
+                    self.surroundings.router.cast(RouterMsg::Release { attempt, cancel }).ok();
+                }
+                Effect::Emit(message) => {
+                    if let Some(audience) = &self.audience {
+                        // A closed connection is reported by its session, as a detach.
+                        audience.outbox.send(message);
+                    }
+                }
+                Effect::StreamEnded { stream } => {
+                    self.guard.audience = None;
+                    if let Some(audience) = self.audience.take() {
+                        let request = audience.request;
+                        audience.session.cast(SessionMsg::StreamEnded { stream, request }).ok();
+                    }
+                }
+                Effect::Keep(finished) => {
+                    self.place = None;
+                    self.surroundings.keeper.cast(KeeperMsg::Keep(finished)).ok();
+                }
+                Effect::Observe(observation) => self.surroundings.metrics.observe(&self.core, observation),
+            }
+        }
+    }
+
+    fn route(&mut self, route: Route<ActorRef<RequestMsg>>) {
+        self.guard.attempt = Some(route.start.attempt);
+        self.surroundings.router.cast(RouterMsg::Route(Box::new(route))).ok();
+    }
+
+    fn attach(&mut self, me: &ActorRef<RequestMsg>, audience: Audience) -> Result<(), ErrorBody> {
+        let credit = audience.credit.min(self.surroundings.max_credit);
+        let effects = self.core.attach(audience.stream, audience.next, credit)?;
+        self.watch += 1;
+        if let Some(before) = self.audience.replace(audience.clone()) {
+            // A stream has one reader: the latest. The earlier one is told, and its place on its connection is freed.
+            let message = "the request is being read on another connection now";
+            let error = ErrorBody::new(ErrorCode::OutOfOrder, message);
+            let request = Some(before.request);
+            before.outbox.send(ServerMessage::Error { stream: Some(before.stream), request, error });
+            let ended = SessionMsg::StreamEnded { stream: before.stream, request: before.request };
+            before.session.cast(ended).ok();
+        }
+        self.guard.audience = Some(audience);
+        self.carry_out(me, effects);
+        Ok(())
+    }
+
+    fn is_watched_by(&self, session: &ActorRef<SessionMsg>, stream: u32) -> bool {
+        self.audience
+            .as_ref()
+            .is_some_and(|audience| audience.session.get_id() == session.get_id() && audience.stream == stream)
+    }
+
+    fn detach(
+        &mut self,
+        me: &ActorRef<RequestMsg>,
+        session: &ActorRef<SessionMsg>,
+        stream: u32,
+        now: Instant,
+    ) -> Vec<Effect> {
+        if !self.is_watched_by(session, stream) {
+            return Vec::new();
+        }
+        self.audience = None;
+        self.guard.audience = None;
+        self.core.detach();
+        if !self.core.admission().resumable {
+            return self.core.cancel(now);
+        }
+        let watch = self.watch;
+        me.send_after(self.surroundings.resume_grace, move || RequestMsg::Abandoned { watch });
+        Vec::new()
+    }
+
+    fn stop_if_over(&self, me: &ActorRef<RequestMsg>) {
+        if self.core.is_over() {
+            me.stop(None);
+        }
+    }
+
+    fn log_loss(&self, epoch: u32, cause: LossCause) {
+        let request = self.core.admission().request;
+        let (stage, committed) = (self.core.stage().as_str(), self.core.committed());
+        tracing::info!(%request, epoch, cause = cause.as_str(), stage, committed, "attempt lost, resuming from the log");
+    }
+
+    fn log_refusal(&self, epoch: u32, refusal: &Refusal) {
+        let request = self.core.admission().request;
+        tracing::debug!(%request, epoch, ?refusal, "attempt refused");
+    }
+}
+
+/// How long a closed log that was brought back waits for its reader.
+const ATTACH_DEADLINE: Duration = Duration::from_secs(10);
+
+async fn remind(request: ActorRef<RequestMsg>, deadline: Duration) {
+    tokio::time::sleep(deadline).await;
+    request.cast(RequestMsg::Deadline).ok();
+}

@@ -1,0 +1,271 @@
+//! The router's state: every replica in the cluster, every attempt of this gateway, and the attempts that wait.
+//!
+//! Pure: events go in with the time, effects come out. Invariant: an attempt is in exactly one of `waiting` and
+//! `running`, or nowhere; a replica's `outstanding` equals the number of its attempts in `running`.
+
+use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use understudy_cluster::PeerId;
+use understudy_engine_core::frame::{AttemptId, StartAttempt};
+
+use super::policy::{Candidate, least_outstanding};
+use crate::peer::{LossCause, ReplicaRef, ReplicaReport, ReplicaState};
+
+/// An attempt that looks for a replica.
+#[derive(Debug, Clone)]
+pub struct Route<R> {
+    pub model: Arc<str>,
+    pub start: StartAttempt,
+    /// Where the log's numbers come from: only an engine with the same fingerprint may go on with it.
+    pub fingerprint: Option<String>,
+    /// Replicas that refused this log.
+    pub avoid: Vec<ReplicaRef>,
+    /// Whom to tell.
+    pub reply: R,
+}
+
+/// Why no replica was found.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Unroutable {
+    #[error("every replica of {model} is down: see `understudy status` and the logs of its nodes")]
+    AllDown { model: Arc<str> },
+    #[error("no replica of {model} became ready within {waited_ms} ms")]
+    NoneReady { model: Arc<str>, waited_ms: u64 },
+    #[error("all replicas of {model} are full, and stayed so for {waited_ms} ms")]
+    AllFull { model: Arc<str>, waited_ms: u64 },
+    #[error("no ready replica of {model} computes the same numbers (fingerprint {fingerprint}) as the one that served the tokens so far, for {waited_ms} ms")]
+    NoneMatches { model: Arc<str>, fingerprint: String, waited_ms: u64 },
+    #[error("too many attempts wait for a replica: {waiting}, and the limit is {limit}")]
+    TooManyWaiting { waiting: usize, limit: usize },
+}
+
+/// What the actor has to do.
+#[derive(Debug)]
+pub enum Effect<R> {
+    /// Send the attempt there, and tell the request.
+    Dispatch { to: ReplicaRef, fingerprint: String, start: StartAttempt, reply: R },
+    Cancel { at: ReplicaRef, attempt: AttemptId },
+    /// The attempt's host is gone.
+    Lost { attempt: AttemptId, cause: LossCause, reply: R },
+    Unroutable { attempt: AttemptId, reason: Unroutable, reply: R },
+}
+
+#[derive(Debug)]
+struct Replica {
+    report: ReplicaReport,
+    outstanding: u32,
+    suspect: bool,
+}
+
+#[derive(Debug)]
+struct Waiting<R> {
+    route: Route<R>,
+    since: Instant,
+}
+
+#[derive(Debug)]
+struct Running<R> {
+    at: ReplicaRef,
+    reply: R,
+}
+
+/// Limits of the router.
+#[derive(Debug, Clone, Copy)]
+pub struct Limits {
+    /// How long an attempt waits for a replica.
+    pub no_replica_timeout: Duration,
+    /// How many may wait.
+    pub max_waiting: usize,
+}
+
+/// See the module.
+#[derive(Debug)]
+pub struct RouterCore<R> {
+    limits: Limits,
+    replicas: BTreeMap<ReplicaRef, Replica>,
+    waiting: VecDeque<Waiting<R>>,
+    running: HashMap<AttemptId, Running<R>>,
+}
+
+impl<R: Clone> RouterCore<R> {
+    pub fn new(limits: Limits) -> Self {
+        Self { limits, replicas: BTreeMap::new(), waiting: VecDeque::new(), running: HashMap::new() }
+    }
+
+    /// An attempt asks for a replica.
+    pub fn route(&mut self, route: Route<R>, now: Instant) -> Vec<Effect<R>> {
+        if self.waiting.len() >= self.limits.max_waiting {
+            let reason = Unroutable::TooManyWaiting { waiting: self.waiting.len(), limit: self.limits.max_waiting };
+            return vec![Effect::Unroutable { attempt: route.start.attempt, reason, reply: route.reply }];
+        }
+        self.waiting.push_back(Waiting { route, since: now });
+        self.settle(now)
+    }
+
+    /// An attempt is over, however it ended: its place is free. With `cancel`, its host is told too.
+    pub fn release(&mut self, attempt: AttemptId, cancel: bool, now: Instant) -> Vec<Effect<R>> {
+        self.waiting.retain(|waiting| waiting.route.start.attempt != attempt);
+        let mut effects = Vec::new();
+        if let Some(running) = self.running.remove(&attempt) {
+            self.free_place(&running.at);
+            if cancel {
+                effects.push(Effect::Cancel { at: running.at, attempt });
+            }
+        }
+        effects.extend(self.settle(now));
+        effects
+    }
+
+    /// The place that an attempt runs at and whom to tell about it, without releasing it.
+    pub fn running(&self, attempt: AttemptId) -> Option<(&ReplicaRef, &R)> {
+        self.running.get(&attempt).map(|running| (&running.at, &running.reply))
+    }
+
+    /// A host's new view of its replicas.
+    pub fn report(&mut self, peer: &PeerId, reports: Vec<ReplicaReport>, now: Instant) -> Vec<Effect<R>> {
+        let mut fresh: BTreeMap<ReplicaRef, Replica> = BTreeMap::new();
+        for report in reports {
+            let at = ReplicaRef { peer: peer.clone(), replica: report.replica.clone() };
+            let (outstanding, suspect) =
+                self.replicas.get(&at).map_or((0, false), |known| (known.outstanding, known.suspect));
+            fresh.insert(at, Replica { report, outstanding, suspect });
+        }
+        self.replicas.retain(|at, _| at.peer != *peer);
+        self.replicas.append(&mut fresh);
+        self.settle(now)
+    }
+
+    /// A node missed heartbeats, or is heard again: suspects get no new work.
+    pub fn suspect(&mut self, peer: &PeerId, suspect: bool, now: Instant) -> Vec<Effect<R>> {
+        for (at, replica) in &mut self.replicas {
+            if at.peer == *peer {
+                replica.suspect = suspect;
+            }
+        }
+        self.settle(now)
+    }
+
+    /// A node is gone, and with it every attempt there.
+    pub fn peer_down(&mut self, peer: &PeerId, now: Instant) -> Vec<Effect<R>> {
+        self.replicas.retain(|at, _| at.peer != *peer);
+        let lost: Vec<AttemptId> =
+            self.running.iter().filter(|(_, running)| running.at.peer == *peer).map(|(id, _)| *id).collect();
+        let mut effects: Vec<Effect<R>> = lost
+            .into_iter()
+            .filter_map(|attempt| {
+                let running = self.running.remove(&attempt)?;
+                Some(Effect::Lost { attempt, cause: LossCause::NodeDown, reply: running.reply })
+            })
+            .collect();
+        effects.extend(self.settle(now));
+        effects
+    }
+
+    /// Time passes: attempts that waited too long are told.
+    pub fn tick(&mut self, now: Instant) -> Vec<Effect<R>> {
+        self.settle(now)
+    }
+
+    /// All replicas known, with the load this gateway gives them.
+    pub fn replicas(&self) -> impl Iterator<Item = (&ReplicaRef, &ReplicaReport, bool, u32)> {
+        self.replicas.iter().map(|(at, replica)| (at, &replica.report, replica.suspect, replica.outstanding))
+    }
+
+    pub fn waiting_count(&self) -> usize {
+        self.waiting.len()
+    }
+
+    pub fn running_count(&self) -> usize {
+        self.running.len()
+    }
+
+    fn free_place(&mut self, at: &ReplicaRef) {
+        if let Some(replica) = self.replicas.get_mut(at) {
+            replica.outstanding = replica.outstanding.saturating_sub(1);
+        }
+    }
+
+    /// Places every waiting attempt that can be placed, in order of arrival, and ends those that waited too long.
+    fn settle(&mut self, now: Instant) -> Vec<Effect<R>> {
+        let mut effects = Vec::new();
+        for _ in 0..self.waiting.len() {
+            let Some(waiting) = self.waiting.pop_front() else { break };
+            if let Some((to, fingerprint)) = self.place(&waiting.route) {
+                let Route { start, reply, .. } = waiting.route;
+                self.running.insert(start.attempt, Running { at: to.clone(), reply: reply.clone() });
+                effects.push(Effect::Dispatch { to, fingerprint, start, reply });
+            } else if let Some(reason) = self.hopeless(&waiting, now) {
+                let Route { start, reply, .. } = waiting.route;
+                effects.push(Effect::Unroutable { attempt: start.attempt, reason, reply });
+            } else {
+                self.waiting.push_back(waiting);
+            }
+        }
+        effects
+    }
+
+    fn place(&mut self, route: &Route<R>) -> Option<(ReplicaRef, String)> {
+        let (refs, candidates): (Vec<ReplicaRef>, Vec<Candidate>) = self
+            .replicas
+            .iter()
+            .filter(|(at, replica)| usable(at, replica, route) && matches(replica, route))
+            .map(|(at, replica)| (at.clone(), candidate(replica)))
+            .unzip();
+        let request = route.start.attempt.request;
+        let salt = (request as u64) ^ ((request >> 64) as u64);
+        let at = refs[least_outstanding(&candidates, salt)?].clone();
+        let replica = self.replicas.get_mut(&at)?;
+        replica.outstanding += 1;
+        Some((at, replica.report.fingerprint.clone()))
+    }
+
+    /// Why waiting longer is of no use, if so.
+    fn hopeless(&self, waiting: &Waiting<R>, now: Instant) -> Option<Unroutable> {
+        let route = &waiting.route;
+        let model = route.model.clone();
+        let mut of_model = self.replicas.iter().filter(|(at, _)| at.replica.model == model).peekable();
+        if of_model.peek().is_some() && of_model.all(|(_, r)| r.report.state == ReplicaState::Down) {
+            return Some(Unroutable::AllDown { model });
+        }
+        let waited = now.saturating_duration_since(waiting.since);
+        if waited < self.limits.no_replica_timeout {
+            return None;
+        }
+        let waited_ms = waited.as_millis() as u64;
+        let ready = || self.replicas.iter().filter(|(at, replica)| usable(at, replica, route));
+        if ready().next().is_none() {
+            return Some(Unroutable::NoneReady { model, waited_ms });
+        }
+        match &route.fingerprint {
+            Some(fingerprint) if !ready().any(|(_, replica)| matches(replica, route)) => {
+                Some(Unroutable::NoneMatches { model, fingerprint: fingerprint.clone(), waited_ms })
+            }
+            _ => Some(Unroutable::AllFull { model, waited_ms }),
+        }
+    }
+}
+
+fn usable<R>(at: &ReplicaRef, replica: &Replica, route: &Route<R>) -> bool {
+    at.replica.model == route.model
+        && replica.report.state == ReplicaState::Ready
+        && !replica.suspect
+        && !route.avoid.contains(at)
+}
+
+/// Invariant 9: a log goes on only where the same numbers come out.
+fn matches<R>(replica: &Replica, route: &Route<R>) -> bool {
+    route.fingerprint.as_ref().is_none_or(|wanted| *wanted == replica.report.fingerprint)
+}
+
+fn candidate(replica: &Replica) -> Candidate {
+    Candidate {
+        outstanding: replica.outstanding,
+        reported: replica.report.status.in_flight,
+        capacity: replica.report.capacity,
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,180 @@
+//! What stands on the disk: models, cookie, token, directories. Only this machine's disk can be looked at, so models that
+//! run on other machines alone are left out.
+
+use std::collections::HashSet;
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+
+use crate::load::{ClusterConfig, PathCheck};
+use crate::schema::Reader;
+use crate::value::Role;
+
+/// 32 hexadecimal digits hold 128 bits.
+const MIN_COOKIE_CHARS: usize = 32;
+/// A secret is one line.
+const MAX_SECRET_BYTES: u64 = 4096;
+
+pub(super) fn check(config: &ClusterConfig, reader: &mut Reader<'_>, which: &PathCheck) {
+    let is_gateway = match which {
+        PathCheck::None => return,
+        PathCheck::All => true,
+        PathCheck::Node(name) => config
+            .node(name)
+            .is_some_and(|node| node.has_role(Role::Gateway)),
+    };
+    models(config, reader, which);
+    directory("cluster.run_dir", &config.cluster.run_dir, reader);
+    if let Some(path) = &config.logging.directory {
+        directory("logging.directory", path, reader);
+    }
+    cookie(config, reader, matches!(which, PathCheck::Node(_)));
+    if let (Some(path), true) = (&config.gateway.token_file, is_gateway) {
+        secret("gateway.token_file", path, 1, reader);
+    }
+}
+
+fn models(config: &ClusterConfig, reader: &mut Reader<'_>, which: &PathCheck) {
+    let placements = config.placement();
+    let here = |node: &str| match which {
+        PathCheck::Node(name) => name == node,
+        _ => config.node(node).is_some_and(|node| node.ssh.is_none()),
+    };
+    let served: HashSet<&str> = placements
+        .iter()
+        .filter(|place| here(&place.node))
+        .map(|place| place.model.as_str())
+        .collect();
+    for (at, model) in config.models.iter().enumerate() {
+        let was_given = !model.path.as_os_str().is_empty();
+        if was_given && served.contains(model.name.as_str()) {
+            checkpoint(&format!("model[{at}].path"), &model.path, reader);
+        }
+    }
+}
+
+fn report(reader: &mut Reader<'_>, key: &str, message: String, help: &str) {
+    let problem = reader.problem_at(key, message).help(help);
+    reader.problems.push(problem);
+}
+
+fn checkpoint(key: &str, path: &Path, reader: &mut Reader<'_>) {
+    let shown = path.display();
+    let help = "a checkpoint directory holds config.json, tokenizer.json and *.safetensors; paths are relative to this file";
+    match fs::metadata(path) {
+        Err(error) => report(
+            reader,
+            key,
+            format!("cannot look at {shown}: {error}"),
+            help,
+        ),
+        Ok(found) if !found.is_dir() => {
+            report(reader, key, format!("{shown} is not a directory"), help)
+        }
+        Ok(_) if !path.join("config.json").is_file() => {
+            report(reader, key, format!("{shown} holds no config.json"), help);
+        }
+        Ok(_) => {}
+    }
+}
+
+/// A directory that is made when it is missing: no part of its path may be something else.
+fn directory(key: &str, path: &Path, reader: &mut Reader<'_>) {
+    let first_existing = path.ancestors().find(|ancestor| ancestor.exists());
+    if let Some(obstacle) = first_existing.filter(|ancestor| !ancestor.is_dir()) {
+        let message = format!(
+            "cannot be a directory, because {} is a file",
+            obstacle.display()
+        );
+        report(
+            reader,
+            key,
+            message,
+            "name another directory; it is created when it is missing",
+        );
+    }
+}
+
+fn cookie(config: &ClusterConfig, reader: &mut Reader<'_>, must_exist: bool) {
+    let (key, path) = ("cluster.cookie_file", &config.cluster.cookie_file);
+    if path.exists() {
+        secret(key, path, MIN_COOKIE_CHARS, reader);
+    } else if must_exist {
+        let message = format!("there is no cookie at {}", path.display());
+        report(
+            reader,
+            key,
+            message,
+            "scripts/launch.sh creates it; on further machines, copy the same file there",
+        );
+    } else if let Some(parent) = path.parent() {
+        directory(key, parent, reader);
+    }
+}
+
+/// The message never holds any of the secret.
+fn secret(key: &str, path: &Path, min_chars: usize, reader: &mut Reader<'_>) {
+    let shown = path.display();
+    let found = match fs::metadata(path) {
+        Ok(found) => found,
+        Err(error) => {
+            return report(
+                reader,
+                key,
+                format!("cannot look at {shown}: {error}"),
+                "name a readable file",
+            );
+        }
+    };
+    if !found.is_file() {
+        return report(
+            reader,
+            key,
+            format!("{shown} is not a file"),
+            "name a file that holds the secret on one line",
+        );
+    }
+    let mode = found.permissions().mode() & 0o777;
+    if mode & 0o077 != 0 {
+        let message = format!("{shown} can be read by others (mode {mode:o})");
+        report(
+            reader,
+            key,
+            message,
+            "run `chmod 600` on it, and replace the secret if others may have seen it",
+        );
+    }
+    if found.len() > MAX_SECRET_BYTES {
+        let message = format!("{shown} has {} bytes; a secret is one line", found.len());
+        return report(reader, key, message, "write the secret alone into it");
+    }
+    match fs::read_to_string(path) {
+        Err(error) => report(
+            reader,
+            key,
+            format!("cannot read {shown}: {error}"),
+            "make it readable for this user",
+        ),
+        Ok(text) if text.trim().contains(char::is_whitespace) => {
+            report(
+                reader,
+                key,
+                format!("{shown} holds more than one word"),
+                "write the secret alone into it",
+            );
+        }
+        Ok(text) if text.trim().len() < min_chars => {
+            let message = format!(
+                "the secret in {shown} is too short: {} characters",
+                text.trim().len()
+            );
+            report(
+                reader,
+                key,
+                message,
+                "make one with `head -c 32 /dev/urandom | base64`",
+            );
+        }
+        Ok(_) => {}
+    }
+}

@@ -1,0 +1,233 @@
+//! Every key of the configuration file.
+//!
+//! `Cluster scope` keys enter the checksum that nodes compare when they meet; `Local` ones may differ from machine to
+//! machine. Units stand last in a name; durations are milliseconds.
+
+use std::path::PathBuf;
+
+use crate::kind::{
+    Kind as _, device, flag, host, list, model_name, name, one_of, optional, path, port,
+    remote_path, size, ssh_destination, whole,
+};
+use crate::schema::{Section as _, SectionInfo, derived, preset, required, settings};
+use crate::value::{Device, Dtype, Durability, LogFormat, LogLevel, Numerics, Role};
+
+/// One day; no duration of the file may be longer.
+const DAY_MS: u64 = 86_400_000;
+const MIB: u64 = 1 << 20;
+
+settings! {
+    /// The cluster as a whole.
+    ClusterSettings = "cluster" {
+        /// Name of the cluster; nodes of different clusters refuse each other.
+        Cluster name: String = name(), preset("local".into());
+        /// Directory for what a running cluster writes on a machine: cookie, process ids, logs. Created when missing.
+        Local run_dir: PathBuf = path(), derived("`run/<cluster name>` beside this file");
+        /// File with the secret that nodes show each other: at least 32 characters on one line, readable by its owner only. The launch script creates it; copy the same file to every machine.
+        Local cookie_file: PathBuf = path(), derived("`cookie` in `run_dir`");
+    }
+
+    /// One machine, or one of several node processes on a machine. Give one `[[node]]` for each.
+    NodeSettings = "node" {
+        /// Name of the node, unique in the cluster; shown in status, logs and metrics.
+        Cluster name: String = name(), required();
+        /// Name or address under which other nodes and clients reach this one.
+        Cluster host: String = host(), preset("127.0.0.1".into());
+        /// Address on which this node listens.
+        Local bind: String = host(), derived("the value of `host`");
+        /// Port for the other nodes.
+        Cluster cluster_port: u16 = port(), required();
+        /// Port for clients; required for the role `gateway`, refused without it.
+        Cluster client_port: Option<u16> = optional(port()), preset(None);
+        /// Port on which `/metrics` is served; without it this node serves none.
+        Local metrics_port: Option<u16> = optional(port()), preset(None);
+        /// What the node does: `gateway` takes clients' connections, `host` runs engine processes.
+        Cluster roles: Vec<Role> = list(one_of()), preset(vec![Role::Gateway, Role::Host]);
+        /// Devices that this node's engines may use; replicas are dealt to them in turn.
+        Cluster devices: Vec<Device> = list(device()), preset(vec![Device::Auto]);
+        /// Failure domain of the node, such as a rack or an availability zone; shown in status.
+        Cluster zone: Option<String> = optional(name()), preset(None);
+        /// Where the launch script starts this node over ssh; without it the node starts on the launching machine.
+        Local ssh: Option<String> = optional(ssh_destination()), preset(None);
+        /// Directory of the installation on that machine.
+        Local dir: Option<String> = optional(remote_path()), preset(None);
+    }
+
+    /// A model to serve. Give one `[[model]]` for each.
+    ModelSettings = "model" {
+        /// Name by which clients ask for it, unique in the cluster.
+        Cluster name: String = model_name(), required();
+        /// Checkpoint directory (`config.json`, safetensors, `tokenizer.json`), the same on every node that serves it.
+        Local path: PathBuf = path(), required();
+        /// Number of engine processes that serve it. Each goes to the eligible node with the fewest replicas so far, in file order.
+        Cluster replicas: u32 = whole(1..=1024), preset(1);
+        /// Type in which weights and activations are held.
+        Cluster dtype: Dtype = one_of(), preset(Dtype::Auto);
+        /// Device for every replica, in place of the nodes' `devices`.
+        Cluster device: Option<Device> = optional(device()), preset(None);
+        /// CPU threads of one engine process. With `numerics = "exact"` results do not depend on it.
+        Cluster threads: u32 = whole(1..=1024), preset(1);
+        /// Requests that one replica computes at the same time.
+        Cluster max_sequences: u32 = whole(1..=4096), preset(16);
+        /// Requests that may wait at one replica beyond `max_sequences`; more are refused as overloaded.
+        Cluster max_waiting: u32 = whole(0..=65_536), preset(64);
+        /// Longest prompt plus output in tokens, if less than the model's own.
+        Cluster context_length: Option<u32> = optional(whole(16..=16_777_216)), preset(None);
+        /// Names of the nodes that may serve it.
+        Cluster nodes: Option<Vec<String>> = optional(list(name())), derived("every node with the role `host`");
+        /// Tokens that one engine step computes at most; long prompts are cut into pieces of this size.
+        Cluster step_token_budget: u32 = whole(1..=1_048_576), preset(256);
+        /// Whether results are independent, to the bit, of what else runs (`exact`, needed for bit-exact recovery) or may differ in the last bits (`fast`).
+        Cluster numerics: Numerics = one_of(), preset(Numerics::Exact);
+    }
+
+    /// What gateways grant to clients. The limits bound the memory that clients can take.
+    GatewaySettings = "gateway" {
+        /// File with the token that clients must show; without it every client is admitted.
+        Local token_file: Option<PathBuf> = optional(path()), preset(None);
+        /// Connections open at the same time; more are refused.
+        Cluster max_connections: u32 = whole(1..=1_000_000), preset(1024);
+        /// Requests in flight on one connection.
+        Cluster max_streams_per_connection: u32 = whole(1..=65_536), preset(128);
+        /// Largest frame that a client may send.
+        Cluster max_frame_bytes: u64 = size(4096..=256 * MIB), preset(4 * MIB);
+        /// Requests in flight at one gateway; more are refused as overloaded.
+        Cluster max_requests_in_flight: u32 = whole(1..=1_000_000), preset(1024);
+        /// Token events that a client may let itself be sent ahead of reading, per request.
+        Cluster max_credit: u32 = whole(1..=1_048_576), preset(65_536);
+        /// Time for a new connection to complete its handshake.
+        Cluster handshake_timeout_ms: u64 = whole(10..=DAY_MS), preset(5_000);
+        /// A connection without requests that says nothing for this long is closed.
+        Cluster idle_timeout_ms: u64 = whole(100..=DAY_MS), preset(300_000);
+        /// A connection that takes no byte for this long while there is something to send is closed.
+        Cluster write_timeout_ms: u64 = whole(10..=DAY_MS), preset(10_000);
+        /// Time for a request that sets no deadline.
+        Cluster default_deadline_ms: u64 = whole(1..=DAY_MS), preset(600_000);
+        /// Longest deadline that a request may set.
+        Cluster max_deadline_ms: u64 = whole(1..=DAY_MS), preset(3_600_000);
+        /// Output tokens of a request that sets no limit.
+        Cluster default_max_tokens: u32 = whole(1..=16_777_216), preset(256);
+        /// A request whose client is gone goes on for this long, waiting for the client to resume; then it is cancelled.
+        Cluster resume_grace_ms: u64 = whole(0..=DAY_MS), preset(30_000);
+        /// A finished request can be resumed (read again) for this long.
+        Cluster keep_finished_ms: u64 = whole(0..=7 * DAY_MS), preset(3_600_000);
+        /// Memory for finished requests; the oldest go first.
+        Cluster keep_finished_bytes: u64 = size(0..=1 << 40), preset(256 * MIB);
+        /// Time for requests in flight to end when the gateway is told to stop; then they end with a retriable error.
+        Cluster shutdown_grace_ms: u64 = whole(0..=DAY_MS), preset(10_000);
+    }
+
+    /// Where a token must be before a client sees it.
+    JournalSettings = "journal" {
+        /// `memory`: in the gateway's memory, which survives the loss of engines and hosts, but not of the gateway.
+        Cluster durability: Durability = one_of(), preset(Durability::Memory);
+    }
+
+    /// When a silent node or engine is given up. A killed process is seen at once, whatever stands here.
+    FailureDetectorSettings = "failure_detector" {
+        /// Interval between heartbeats, of nodes and of engines.
+        Cluster heartbeat_interval_ms: u64 = whole(10..=60_000), preset(200);
+        /// A node that is silent for this long gets no new requests.
+        Cluster suspect_after_ms: u64 = whole(20..=600_000), preset(600);
+        /// A node that is silent for this long is declared dead; its requests go on elsewhere.
+        Cluster dead_after_ms: u64 = whole(30..=3_600_000), preset(1_000);
+        /// An engine process without a heartbeat for this long is killed and replaced.
+        Cluster engine_heartbeat_timeout_ms: u64 = whole(30..=3_600_000), preset(800);
+        /// An engine that has work, but finishes no step for this long, is killed and replaced. A step of a small model takes milliseconds, one of a large model on a CPU may take seconds.
+        Cluster engine_step_timeout_ms: u64 = whole(50..=3_600_000), preset(5_000);
+        /// Time for an engine to load its model.
+        Cluster engine_start_timeout_ms: u64 = whole(100..=DAY_MS), preset(120_000);
+    }
+
+    /// How engines are restarted.
+    RestartSettings = "restart" {
+        /// Restarts of one replica within `period_ms`; one more takes the replica out of service.
+        Cluster intensity: u32 = whole(0..=1_000), preset(5);
+        /// The period over which `intensity` counts.
+        Cluster period_ms: u64 = whole(100..=DAY_MS), preset(30_000);
+        /// Wait before the second restart in a row (the first is immediate); doubled each time, with jitter.
+        Cluster backoff_initial_ms: u64 = whole(1..=600_000), preset(50);
+        /// Longest wait between restarts.
+        Cluster backoff_max_ms: u64 = whole(1..=DAY_MS), preset(5_000);
+        /// An engine that serves for this long has recovered: the next wait is the initial one again.
+        Cluster reset_after_ms: u64 = whole(1..=DAY_MS), preset(10_000);
+        /// A replica out of service gets one more try after this time.
+        Cluster cooldown_ms: u64 = whole(100..=DAY_MS), preset(60_000);
+    }
+
+    /// How requests are taken over when what serves them is lost.
+    RecoverySettings = "recovery" {
+        /// Times a request is dispatched at most; then it ends with a retriable error.
+        Cluster max_attempts: u32 = whole(1..=1_000), preset(16);
+        /// Time that a request waits for a replica when none is in service; then it ends with a retriable error.
+        Cluster no_replica_timeout_ms: u64 = whole(0..=DAY_MS), preset(10_000);
+    }
+
+    /// Prometheus metrics.
+    MetricsSettings = "metrics" {
+        /// Whether nodes with a `metrics_port` serve `/metrics` there.
+        Local enabled: bool = flag(), preset(true);
+    }
+
+    /// Logs. Prompts, tokens and secrets are never logged, at any level.
+    LoggingSettings = "logging" {
+        /// `human`: readable lines; `json`: one object a line.
+        Local format: LogFormat = one_of(), preset(LogFormat::Human);
+        /// Least severe level that is logged; the environment variable `RUST_LOG` overrides it.
+        Local level: LogLevel = one_of(), preset(LogLevel::Info);
+        /// Directory in which each node writes `<node name>.log`, instead of to standard error.
+        Local directory: Option<PathBuf> = optional(path()), preset(None);
+    }
+}
+
+/// Every section in the order of the documentation.
+pub fn sections() -> Vec<SectionInfo> {
+    vec![
+        ClusterSettings::info(false),
+        NodeSettings::info(true),
+        ModelSettings::info(true),
+        GatewaySettings::info(false),
+        JournalSettings::info(false),
+        FailureDetectorSettings::info(false),
+        RestartSettings::info(false),
+        RecoverySettings::info(false),
+        MetricsSettings::info(false),
+        LoggingSettings::info(false),
+    ]
+}
+
+impl NodeSettings {
+    /// Whether the node has a role.
+    pub fn has_role(&self, role: Role) -> bool {
+        self.roles.contains(&role)
+    }
+
+    /// `host:cluster_port`, where other nodes reach this one.
+    pub fn cluster_address(&self) -> String {
+        join_port(&self.host, self.cluster_port)
+    }
+
+    /// `host:client_port`, where clients reach this one; `None` for nodes that are no gateway.
+    pub fn client_address(&self) -> Option<String> {
+        self.client_port.map(|port| join_port(&self.host, port))
+    }
+
+    /// `host:metrics_port`; `None` for nodes that serve no metrics.
+    pub fn metrics_address(&self) -> Option<String> {
+        self.metrics_port.map(|port| join_port(&self.host, port))
+    }
+
+    /// `bind:port`, where this node listens for `port`.
+    pub fn listen_address(&self, port: u16) -> String {
+        join_port(&self.bind, port)
+    }
+}
+
+/// IPv6 addresses need brackets before a port.
+fn join_port(host: &str, port: u16) -> String {
+    if host.contains(':') {
+        format!("[{host}]:{port}")
+    } else {
+        format!("{host}:{port}")
+    }
+}

@@ -1,0 +1,262 @@
+//! Problems and warnings that take more than one key to see, and the checksum over all of them.
+
+mod common;
+
+use common::*;
+
+fn warnings(text: &str) -> String {
+    let (_, warnings) = parse(text).unwrap_or_else(|problems| panic!("{problems}"));
+    warnings
+        .iter()
+        .map(ToString::to_string)
+        .collect::<Vec<_>>()
+        .join("\n")
+}
+
+#[test]
+fn names_are_unique() {
+    let second = "[[node]]\nname = \"a\"\ncluster_port = 7610\nroles = [\"host\"]\n";
+    has(
+        &problem(&format!("{SMALL}{second}")),
+        "node[1].name",
+        11,
+        "taken by the node in line 3",
+    );
+    let second = "[[model]]\nname = \"demo\"\npath = \"x\"\n";
+    has(
+        &problem(&format!("{SMALL}{second}")),
+        "model[1].name",
+        11,
+        "taken by the model in line 8",
+    );
+}
+
+#[test]
+fn a_port_serves_one_purpose() {
+    has(
+        &problem(&SMALL.replace("7601", "7600")),
+        "node[0].client_port",
+        5,
+        "port 7600 on 127.0.0.1 is taken by `cluster_port` of node \"a\" in line 4",
+    );
+    let metrics = SMALL.replace(
+        "client_port = 7601",
+        "client_port = 7601\nmetrics_port = 7601",
+    );
+    has(
+        &problem(&metrics),
+        "node[0].metrics_port",
+        6,
+        "is taken by `client_port`",
+    );
+    let second =
+        |rest: &str| format!("{SMALL}[[node]]\nname = \"b\"\nroles = [\"host\"]\n{rest}\n");
+    has(
+        &problem(&second("cluster_port = 7601")),
+        "node[1].cluster_port",
+        13,
+        "is taken by `client_port` of node \"a\"",
+    );
+    has(
+        &problem(&second("cluster_port = 7600\nhost = \"localhost\"")),
+        "node[1].cluster_port",
+        13,
+        "taken",
+    );
+    has(
+        &problem(&second(
+            "cluster_port = 7600\nhost = \"127.0.0.2\"\nbind = \"0.0.0.0\"",
+        )),
+        "node[1].cluster_port",
+        13,
+        "taken",
+    );
+    assert!(parse(&second("cluster_port = 7600\nhost = \"127.0.0.2\"")).is_ok());
+    assert!(parse(&second("cluster_port = 7600\nhost = \"other.example.net\"")).is_ok());
+}
+
+#[test]
+fn gateways_have_client_ports_and_others_do_not() {
+    has(
+        &problem(&SMALL.replace("client_port = 7601\n", "")),
+        "node[0].client_port",
+        2,
+        "needs a `client_port`",
+    );
+    let second =
+        "[[node]]\nname = \"b\"\nroles = [\"host\"]\ncluster_port = 7610\nclient_port = 7611\n";
+    has(
+        &problem(&format!("{SMALL}{second}")),
+        "node[1].client_port",
+        14,
+        "without the role `gateway`",
+    );
+}
+
+#[test]
+fn someone_must_take_requests_and_someone_must_serve_them() {
+    let found = problems("");
+    assert_eq!(found.len(), 2, "{found:#?}");
+    assert!(
+        found[0].message.contains("no model") && found[1].message.contains("no node"),
+        "{found:#?}"
+    );
+    assert!(
+        problem(&SMALL.replace("client_port = 7601", "roles = [\"host\"]"))
+            .message
+            .contains("no node has the role `gateway`")
+    );
+    assert!(
+        problem(&SMALL.replace("7601", "7601\nroles = [\"gateway\"]"))
+            .message
+            .contains("no node has the role `host`")
+    );
+}
+
+#[test]
+fn nodes_are_reachable() {
+    let found = problem(&SMALL.replace("name = \"a\"", "name = \"a\"\nhost = \"0.0.0.0\""));
+    has(
+        &found,
+        "node[0].host",
+        4,
+        "no address that others can reach",
+    );
+}
+
+#[test]
+fn models_name_hosts_that_exist_and_have_the_device() {
+    let found = small_with("nodes = [\"aa\"]");
+    has(&found, "model[0].nodes", 10, "there is no node \"aa\"");
+    assert_eq!(found.help.as_deref(), Some("did you mean \"a\"?"));
+    let second =
+        "[[node]]\nname = \"b\"\nroles = [\"gateway\"]\ncluster_port = 7610\nclient_port = 7611\n";
+    let text = format!("{}nodes = [\"b\"]\n{second}", SMALL);
+    has(
+        &problem(&text),
+        "model[0].nodes",
+        10,
+        "does not have the role `host`",
+    );
+    let text = SMALL.replace("7601", "7601\ndevices = [\"cpu\"]") + "device = \"cuda:0\"\n";
+    has(
+        &problem(&text),
+        "model[0].device",
+        11,
+        "offers the device \"cuda:0\"",
+    );
+}
+
+#[test]
+fn relations_between_limits_hold_with_given_values_and_with_defaults() {
+    for (addition, key, line) in [
+        (
+            "[failure_detector]\ndead_after_ms = 600",
+            "dead_after_ms",
+            11,
+        ),
+        (
+            "[failure_detector]\nsuspect_after_ms = 1000",
+            "suspect_after_ms",
+            11,
+        ),
+        (
+            "[failure_detector]\nsuspect_after_ms = 2000\ndead_after_ms = 2000",
+            "dead_after_ms",
+            12,
+        ),
+        (
+            "[failure_detector]\nheartbeat_interval_ms = 301",
+            "heartbeat_interval_ms",
+            11,
+        ),
+        (
+            "[failure_detector]\nengine_heartbeat_timeout_ms = 399",
+            "engine_heartbeat_timeout_ms",
+            11,
+        ),
+        (
+            "[restart]\nbackoff_initial_ms = 5001",
+            "backoff_initial_ms",
+            11,
+        ),
+        ("[gateway]\nmax_deadline_ms = 1000", "max_deadline_ms", 11),
+    ] {
+        let found = small_with(addition);
+        assert!(found.key.ends_with(key), "{addition}: {found}");
+        assert_eq!(found.line, line, "{addition}: {found}");
+        assert!(
+            found.help.is_some() && found.allowed.is_some(),
+            "{addition}: {found}"
+        );
+    }
+    assert!(
+        parse(&format!(
+            "{SMALL}[failure_detector]\nheartbeat_interval_ms = 300\n"
+        ))
+        .is_ok()
+    );
+}
+
+#[test]
+fn warnings_stop_nothing() {
+    let text = warnings(SMALL);
+    for part in [
+        "the only gateway",
+        "the only host",
+        "serves no metrics",
+        "with one replica",
+    ] {
+        assert!(text.contains(part), "{part} in:\n{text}");
+    }
+    assert!(!text.contains("encrypted"), "{text}");
+    let open = warnings(&SMALL.replace("name = \"a\"", "name = \"a\"\nhost = \"10.0.0.1\""));
+    assert!(
+        open.contains("not encrypted") && open.contains("without a token"),
+        "{open}"
+    );
+    let fast = warnings(&format!(
+        "{SMALL}numerics = \"fast\"\nstep_token_budget = 8\n"
+    ));
+    assert!(
+        fast.contains("bit-exact") && fast.contains("stand still"),
+        "{fast}"
+    );
+    assert!(
+        !warnings(&format!("{SMALL}[metrics]\nenabled = false\n")).contains("serves no metrics")
+    );
+}
+
+#[test]
+fn the_checksum_sees_what_nodes_must_agree_on_and_nothing_else() {
+    let sum = |text: &str| {
+        parse(text)
+            .unwrap_or_else(|problems| panic!("{problems}"))
+            .0
+            .checksum()
+    };
+    let base = sum(SMALL);
+    let same = [
+        SMALL.replace("name = \"a\"", "# a comment\nname   =  'a'"),
+        format!("{SMALL}replicas = 1\n[failure_detector]\ndead_after_ms = 1_000\n"),
+        format!("{SMALL}[logging]\nlevel = \"debug\"\n[metrics]\nenabled = false\n"),
+        SMALL.replace("models/demo", "/elsewhere/demo"),
+        SMALL.replace(
+            "client_port = 7601",
+            "metrics_port = 7602\nclient_port = 7601",
+        ),
+    ];
+    for text in same {
+        assert_eq!(sum(&text), base, "{text}");
+    }
+    let different = [
+        format!("{SMALL}replicas = 2\n"),
+        SMALL.replace("7600", "7605"),
+        format!("{SMALL}[failure_detector]\ndead_after_ms = 1001\n"),
+        format!("{SMALL}[cluster]\nname = \"other\"\n"),
+        format!("{SMALL}[recovery]\nmax_attempts = 3\n"),
+    ];
+    for text in different {
+        assert_ne!(sum(&text), base, "{text}");
+    }
+}

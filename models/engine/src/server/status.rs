@@ -1,0 +1,81 @@
+//! How an engine process ends: a closed set, so that its owner can tell what happened from the exit code alone.
+
+use std::process::ExitCode;
+
+/// Why the process ended. Codes below 10 are Unix habit; a signal means that it was killed, or a library aborted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum ExitStatus {
+    /// The node asked for it, or closed the socket.
+    Done,
+    /// The command line, or the descriptor it names, is wrong.
+    Usage,
+    /// The model could not be loaded. Starting again gives the same, unless files change.
+    LoadFailed,
+    /// A step failed: device, library, out of memory.
+    StepFailed,
+    /// A frame could not be read or written: the two sides are not of one build, or memory is corrupt.
+    BadFrame,
+    /// A bug of ours on the model thread.
+    Panicked,
+}
+
+impl ExitStatus {
+    /// All of them.
+    pub const ALL: [Self; 6] = [
+        Self::Done,
+        Self::Usage,
+        Self::LoadFailed,
+        Self::StepFailed,
+        Self::BadFrame,
+        Self::Panicked,
+    ];
+
+    /// The process's exit code.
+    #[must_use]
+    pub fn code(self) -> u8 {
+        match self {
+            Self::Done => 0,
+            Self::Usage => 2,
+            Self::LoadFailed => 10,
+            Self::StepFailed => 11,
+            Self::BadFrame => 12,
+            Self::Panicked => 13,
+        }
+    }
+
+    /// The status that a child's exit code stands for; `None` for a code that no engine gives.
+    #[must_use]
+    pub fn from_code(code: i32) -> Option<Self> {
+        Self::ALL
+            .into_iter()
+            .find(|status| i32::from(status.code()) == code)
+    }
+
+    /// Ends the process at once: no destructors, no waiting for other threads.
+    pub fn exit_now(self) -> ! {
+        // SAFETY: `_exit` is always allowed; nothing of this process needs a tidy end.
+        unsafe { libc::_exit(i32::from(self.code())) }
+    }
+}
+
+impl From<ExitStatus> for ExitCode {
+    fn from(status: ExitStatus) -> Self {
+        Self::from(status.code())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn codes_are_distinct_and_read_back() {
+        for status in ExitStatus::ALL {
+            assert_eq!(
+                ExitStatus::from_code(i32::from(status.code())),
+                Some(status)
+            );
+        }
+        assert_eq!(ExitStatus::from_code(101), None);
+    }
+}

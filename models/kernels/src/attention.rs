@@ -1,0 +1,506 @@
+//! Causal grouped-query attention over a block table.
+//!
+//! ```text
+//! scores[p] = (q / sqrt(d)) . k[p]     one chain over the elements of a head, 16 positions side by side
+//! weight[p] = exp(scores[p] - max)     summed in 16 interleaved chains (p mod 16), joined in a fixed order
+//! out[d]    = sum of weight[p] v[p][d] one chain over p = 0, 1, 2, ..., then divided by the sum of weights
+//! ```
+//!
+//! Invariant: an output row is a function of its query and of the keys and values at positions `0 ..= position`. Other rows, their order,
+//! the block numbers and what stands behind `position` in the last block have no part in it.
+
+use std::cell::RefCell;
+
+use crate::elementwise::join;
+use crate::isa::{Isa, multiversion};
+use crate::kv::{BLOCK, KvBlocks};
+use crate::lanes::Lanes;
+use crate::math::exp;
+use crate::pool::Pool;
+use crate::product::{Product, UNIT, product_f32};
+
+/// Query vectors (rows times heads of one group) that share a pass over the keys.
+const VECTORS: usize = 8;
+
+/// Multiply-adds of a call below which one thread does all of it.
+const MIN_PARALLEL_MULTIPLY_ADDS: usize = 1 << 16;
+
+/// Where a query row stands.
+#[derive(Debug, Clone, Copy)]
+pub struct RowPlace<'a> {
+    /// The sequence's blocks, in order.
+    pub table: &'a [u32],
+    /// The row's position; it sees the keys at `0 ..= position`, which must have been written.
+    pub position: usize,
+}
+
+thread_local! {
+    /// Scores of [`VECTORS`] queries, kept between calls: its size follows the longest sequence that the thread has seen.
+    static SCORES: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
+}
+
+/// Attention of every row: `q` and `out` are `[rows][heads][head_dim]`. Rows of one sequence that stand together (same table, ascending
+/// positions) share their passes over the keys.
+///
+/// # Panics
+/// If lengths do not match, `heads` is no multiple of the pool's heads, or a table is too short for its position.
+pub fn attend(
+    pool: &Pool,
+    kv: &KvBlocks,
+    places: &[RowPlace<'_>],
+    heads: usize,
+    q: &[f32],
+    out: &mut [f32],
+) {
+    attend_on(Isa::best(), pool, kv, places, heads, q, out);
+}
+
+/// [`attend`] on a chosen instruction set, which must be one of [`Isa::available`].
+///
+/// # Panics
+/// As [`attend`], and if the machine lacks `isa`.
+pub fn attend_on(
+    isa: Isa,
+    pool: &Pool,
+    kv: &KvBlocks,
+    places: &[RowPlace<'_>],
+    heads: usize,
+    q: &[f32],
+    out: &mut [f32],
+) {
+    let (kv_heads, dim) = (kv.kv_heads(), kv.head_dim());
+    assert!(
+        Isa::available().contains(&isa),
+        "this machine has no {}",
+        isa.name()
+    );
+    assert!(
+        heads.is_multiple_of(kv_heads),
+        "{heads} heads over {kv_heads} key heads"
+    );
+    assert_eq!(
+        q.len(),
+        places.len() * heads * dim,
+        "q of [{}, {heads}, {dim}]",
+        places.len()
+    );
+    assert_eq!(out.len(), q.len(), "out like q");
+    for place in places {
+        let last = place.table.get(place.position / BLOCK);
+        assert!(
+            last.is_some_and(|block| (*block as usize) < kv.blocks()),
+            "no block for position {}",
+            place.position
+        );
+    }
+    let group = heads / kv_heads;
+    let runs = same_sequence_runs(places, (VECTORS / group).max(1));
+    let out = OutRows(out.as_mut_ptr());
+    let task = |task: usize| {
+        let (run, kv_head) = (runs[task / kv_heads].clone(), task % kv_heads);
+        // All query vectors of the run that look at this key head, eight at a time, row by row.
+        let vectors = run.len() * group;
+        for first in (0..vectors).step_by(VECTORS) {
+            let mut tile = [Vector::default(); VECTORS];
+            let count = (vectors - first).min(VECTORS);
+            for (i, vector) in tile[..count].iter_mut().enumerate() {
+                let row = run.start + (first + i) / group;
+                let head = kv_head * group + (first + i) % group;
+                *vector = Vector {
+                    offset: (row * heads + head) * dim,
+                    len: places[row].position + 1,
+                };
+            }
+            // SAFETY: each (row, head) is in exactly one tile of one task; places were checked above.
+            SCORES.with_borrow_mut(|scores| unsafe {
+                attend_tile(
+                    isa,
+                    kv,
+                    kv_head,
+                    places[run.start].table,
+                    &tile[..count],
+                    q,
+                    &out,
+                    scores,
+                );
+            });
+        }
+    };
+    let tasks = runs.len() * kv_heads;
+    let seen: usize = places.iter().map(|place| place.position + 1).sum();
+    if 2 * seen * heads * dim < MIN_PARALLEL_MULTIPLY_ADDS {
+        (0..tasks).for_each(task);
+    } else {
+        pool.run(tasks, &task);
+    }
+}
+
+/// Query vectors and outputs of a tile.
+#[derive(Clone, Copy, Default)]
+struct Vector {
+    /// Of its first element in `q` and `out`.
+    offset: usize,
+    /// Keys that it sees.
+    len: usize,
+}
+
+/// Tasks write disjoint heads of disjoint rows.
+struct OutRows(*mut f32);
+// SAFETY: see above.
+unsafe impl Sync for OutRows {}
+
+/// Cuts the rows into runs of at most `limit` that read the same table at ascending positions.
+fn same_sequence_runs(places: &[RowPlace<'_>], limit: usize) -> Vec<std::ops::Range<usize>> {
+    let mut runs: Vec<std::ops::Range<usize>> = Vec::new();
+    for (row, place) in places.iter().enumerate() {
+        let joins = runs.last().is_some_and(|run| {
+            let previous = &places[row - 1];
+            run.len() < limit
+                && std::ptr::eq(previous.table, place.table)
+                && previous.position < place.position
+        });
+        match runs.last_mut() {
+            Some(run) if joins => run.end = row + 1,
+            _ => runs.push(row..row + 1),
+        }
+    }
+    runs
+}
+
+multiversion! {
+    /// Softmax numerators in place, `[rows]` with stride `stride`, the first `lens[r]` of each; sums to `sums`.
+    fn softmax_numerators(scores: &mut [f32], stride: usize, lens: &[usize], sums: &mut [f32]) => softmax_body
+}
+
+#[inline(always)]
+unsafe fn softmax_body<L: Lanes>(
+    scores: &mut [f32],
+    stride: usize,
+    lens: &[usize],
+    sums: &mut [f32],
+) {
+    for (r, (len, sum)) in lens.iter().zip(sums).enumerate() {
+        let row = &mut scores[r * stride..][..*len];
+        // A maximum is the same in any order; 16 at a time for speed.
+        let mut tops = [f32::NEG_INFINITY; UNIT];
+        let (blocks, rest) = row.as_chunks::<UNIT>();
+        for block in blocks {
+            for (top, value) in tops.iter_mut().zip(block) {
+                *top = if *value > *top { *value } else { *top };
+            }
+        }
+        for (top, value) in tops.iter_mut().zip(rest) {
+            *top = if *value > *top { *value } else { *top };
+        }
+        let mut max = tops[0];
+        for top in tops {
+            max = if top > max { top } else { max };
+        }
+        let mut parts = [0.0_f32; UNIT];
+        let (blocks, rest) = row.as_chunks_mut::<UNIT>();
+        for block in blocks {
+            for (part, value) in parts.iter_mut().zip(block) {
+                *value = exp(*value - max);
+                *part += *value;
+            }
+        }
+        for (part, value) in parts.iter_mut().zip(rest) {
+            *value = exp(*value - max);
+            *part += *value;
+        }
+        *sum = join(parts);
+    }
+}
+
+/// Up to [`VECTORS`] query vectors against one sequence's keys and values of one head.
+#[allow(clippy::too_many_arguments)]
+unsafe fn attend_tile(
+    isa: Isa,
+    kv: &KvBlocks,
+    kv_head: usize,
+    table: &[u32],
+    tile: &[Vector],
+    q: &[f32],
+    out: &OutRows,
+    scratch: &mut Vec<f32>,
+) {
+    let (rows, dim) = (tile.len(), kv.head_dim());
+    let padded = dim.next_multiple_of(UNIT);
+    let longest = tile.iter().map(|v| v.len).max().unwrap_or(0);
+    let shortest = tile.iter().map(|v| v.len).min().unwrap_or(0);
+    let stride = longest.next_multiple_of(BLOCK);
+    scratch.resize((VECTORS * (stride + 2 * padded)).max(scratch.len()), 0.0);
+    let (scores, rest) = scratch.split_at_mut(VECTORS * stride);
+    let (queries, sums) = rest.split_at_mut(VECTORS * padded);
+
+    let scale = 1.0 / (dim as f32).sqrt();
+    for (r, vector) in tile.iter().enumerate() {
+        for (target, value) in queries[r * dim..][..dim]
+            .iter_mut()
+            .zip(&q[vector.offset..])
+        {
+            *target = value * scale;
+        }
+    }
+    for (b, block) in table[..longest.div_ceil(BLOCK)].iter().enumerate() {
+        let product = Product {
+            rows,
+            k: dim,
+            columns: BLOCK,
+            x: queries.as_ptr(),
+            x_stride: dim,
+            w: kv.keys(*block, kv_head).as_ptr(),
+            w_stride: BLOCK,
+            y: unsafe { scores.as_mut_ptr().add(b * BLOCK) },
+            y_stride: stride,
+            accumulate: false,
+        };
+        unsafe { product_f32(isa, product) };
+    }
+
+    let mut lens = [0; VECTORS];
+    let mut totals = [0.0; VECTORS];
+    for (len, vector) in lens.iter_mut().zip(tile) {
+        *len = vector.len;
+    }
+    unsafe { softmax_numerators(isa, scores, stride, &lens[..rows], &mut totals[..rows]) };
+
+    // Positions that all vectors see, together; then each vector's own last ones. A chain goes on where it was cut.
+    let mut accumulate = |first: usize, rows: usize, from: usize, to: usize| {
+        let mut position = from;
+        while position < to {
+            let (block, offset) = (table[position / BLOCK], position % BLOCK);
+            let take = (BLOCK - offset).min(to - position);
+            let product = Product {
+                rows,
+                k: take,
+                columns: padded,
+                x: unsafe { scores.as_ptr().add(first * stride + position) },
+                x_stride: stride,
+                w: unsafe { kv.values(block, kv_head).as_ptr().add(offset * padded) },
+                w_stride: padded,
+                y: unsafe { sums.as_mut_ptr().add(first * padded) },
+                y_stride: padded,
+                accumulate: position > 0,
+            };
+            unsafe { product_f32(isa, product) };
+            position += take;
+        }
+    };
+    accumulate(0, rows, 0, shortest);
+    for (r, vector) in tile.iter().enumerate() {
+        accumulate(r, 1, shortest, vector.len);
+    }
+    for (r, vector) in tile.iter().enumerate() {
+        // SAFETY: this tile owns these heads of `out`.
+        let out = unsafe { std::slice::from_raw_parts_mut(out.0.add(vector.offset), dim) };
+        for (target, sum) in out.iter_mut().zip(&sums[r * padded..][..dim]) {
+            *target = sum / totals[r];
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::Random;
+
+    fn bits(values: &[f32]) -> Vec<u32> {
+        values.iter().map(|v| v.to_bits()).collect()
+    }
+
+    /// One sequence's keys and values, in order, and a pool that holds them in shuffled blocks among garbage.
+    struct Scene {
+        kv: KvBlocks,
+        table: Vec<u32>,
+        k: Vec<f32>,
+        v: Vec<f32>,
+        q: Vec<f32>,
+        heads: usize,
+        length: usize,
+    }
+
+    fn scene(
+        random: &mut Random,
+        kv_heads: usize,
+        group: usize,
+        dim: usize,
+        length: usize,
+    ) -> Scene {
+        let (heads, need) = (kv_heads * group, length.div_ceil(BLOCK));
+        let mut kv = KvBlocks::new(need + 3, kv_heads, dim);
+        for block in 0..need + 3 {
+            for offset in 0..BLOCK {
+                let garbage = vec![f32::NAN; kv_heads * dim];
+                kv.write(block as u32, offset, &garbage, &garbage);
+            }
+        }
+        let mut table: Vec<u32> = (0..need as u32 + 3).collect();
+        for i in (1..table.len()).rev() {
+            table.swap(i, random.below(i + 1));
+        }
+        let k = random.values(length * kv_heads * dim);
+        let v = random.values(length * kv_heads * dim);
+        let row = kv_heads * dim;
+        for p in 0..length {
+            kv.write(
+                table[p / BLOCK],
+                p % BLOCK,
+                &k[p * row..][..row],
+                &v[p * row..][..row],
+            );
+        }
+        let q = random
+            .values(length * heads * dim)
+            .iter()
+            .map(|x| x * 4.0)
+            .collect();
+        Scene {
+            kv,
+            table,
+            k,
+            v,
+            q,
+            heads,
+            length,
+        }
+    }
+
+    impl Scene {
+        fn run(&self, isa: Isa, threads: usize, rows: std::ops::Range<usize>) -> Vec<f32> {
+            let places: Vec<RowPlace<'_>> = rows
+                .clone()
+                .map(|position| RowPlace {
+                    table: &self.table,
+                    position,
+                })
+                .collect();
+            let row = self.heads * self.kv.head_dim();
+            let mut out = vec![f32::NAN; rows.len() * row];
+            let q = &self.q[rows.start * row..rows.end * row];
+            attend_on(
+                isa,
+                &Pool::new(threads),
+                &self.kv,
+                &places,
+                self.heads,
+                q,
+                &mut out,
+            );
+            out
+        }
+
+        /// The definition in f64.
+        fn exact(&self) -> Vec<f64> {
+            let (kv_heads, dim) = (self.kv.kv_heads(), self.kv.head_dim());
+            let mut out = Vec::new();
+            for row in 0..self.length {
+                for head in 0..self.heads {
+                    let q = &self.q[(row * self.heads + head) * dim..][..dim];
+                    let at = |p: usize| (p * kv_heads + head / (self.heads / kv_heads)) * dim;
+                    let weights: Vec<f64> = (0..=row)
+                        .map(|p| {
+                            (0..dim)
+                                .map(|d| f64::from(q[d]) * f64::from(self.k[at(p) + d]))
+                                .sum::<f64>()
+                                / (dim as f64).sqrt()
+                        })
+                        .map(f64::exp)
+                        .collect();
+                    let total: f64 = weights.iter().sum();
+                    for d in 0..dim {
+                        out.push(
+                            (0..=row)
+                                .map(|p| weights[p] * f64::from(self.v[at(p) + d]))
+                                .sum::<f64>()
+                                / total,
+                        );
+                    }
+                }
+            }
+            out
+        }
+    }
+
+    #[test]
+    fn prefill_decode_paths_and_threads_agree_bit_for_bit_and_with_the_definition() {
+        let mut random = Random::new(7);
+        for (kv_heads, group, dim, length) in [
+            (1, 1, 2, 1),
+            (2, 3, 8, 17),
+            (1, 11, 6, 40),
+            (3, 2, 20, 33),
+            (2, 4, 64, 70),
+            (1, 8, 128, 19),
+        ] {
+            let scene = scene(&mut random, kv_heads, group, dim, length);
+            let whole = scene.run(Isa::Scalar, 1, 0..length);
+            for (got, exact) in whole.iter().zip(scene.exact()) {
+                assert!((f64::from(*got) - exact).abs() < 2e-6, "{got} {exact}");
+            }
+            let row = scene.heads * dim;
+            for &isa in Isa::available() {
+                for threads in [1, 2] {
+                    assert_eq!(
+                        bits(&scene.run(isa, threads, 0..length)),
+                        bits(&whole),
+                        "{isa:?}, {threads} threads"
+                    );
+                    for _ in 0..5 {
+                        let start = random.below(length);
+                        let end = start + 1 + random.below(length - start);
+                        let part = scene.run(isa, threads, start..end);
+                        assert_eq!(
+                            bits(&part),
+                            bits(&whole[start * row..end * row]),
+                            "{isa:?} rows {start}..{end}"
+                        );
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn several_sequences_in_one_call_keep_apart() {
+        let mut random = Random::new(8);
+        let a = scene(&mut random, 2, 2, 16, 30);
+        let alone = a.run(Isa::best(), 1, 0..30);
+        // The same table at positions that do not ascend must not be taken for one run.
+        let order = [5_usize, 29, 29, 3, 4, 0, 17];
+        let places: Vec<RowPlace<'_>> = order
+            .iter()
+            .map(|p| RowPlace {
+                table: &a.table,
+                position: *p,
+            })
+            .collect();
+        let row = a.heads * 16;
+        let q: Vec<f32> = order
+            .iter()
+            .flat_map(|p| a.q[p * row..][..row].to_vec())
+            .collect();
+        let mut out = vec![0.0; q.len()];
+        attend(&Pool::new(2), &a.kv, &places, a.heads, &q, &mut out);
+        for (i, p) in order.iter().enumerate() {
+            assert_eq!(bits(&out[i * row..][..row]), bits(&alone[p * row..][..row]));
+        }
+    }
+
+    #[test]
+    #[should_panic(expected = "no block for position 16")]
+    fn a_table_too_short_is_refused() {
+        let kv = KvBlocks::new(4, 1, 2);
+        attend(
+            &Pool::new(1),
+            &kv,
+            &[RowPlace {
+                table: &[0],
+                position: 16,
+            }],
+            1,
+            &[0.0; 2],
+            &mut [0.0; 2],
+        );
+    }
+}

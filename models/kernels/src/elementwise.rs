@@ -1,0 +1,342 @@
+//! RMS normalisation, rotary embedding, gated activation, addition: everything of a decoder layer between the products.
+//!
+//! Invariant: an output element is a function of its own row. Sums over a row run in 16 interleaved chains that are joined in
+//! one fixed order, whatever the machine's registers hold. The bodies are plain loops: Rust never reorders or fuses floating-point
+//! operations, so the compiler may vectorise them for each instruction set without changing a bit.
+
+use crate::isa::{Isa, multiversion};
+use crate::lanes::Lanes;
+use crate::math::exp;
+use crate::pool::Pool;
+
+/// Interleaved chains of a sum over a row.
+const CHAINS: usize = 16;
+/// Elements below which one thread does the work alone.
+const MIN_TASK_ELEMENTS: usize = 1 << 14;
+
+/// Joins the chains: first the halves pairwise, then the quarters, and so on.
+#[inline(always)]
+pub(crate) fn join(mut sums: [f32; CHAINS]) -> f32 {
+    let mut half = CHAINS / 2;
+    while half > 0 {
+        for i in 0..half {
+            sums[i] += sums[i + half];
+        }
+        half /= 2;
+    }
+    sums[0]
+}
+
+/// Sum of squares of a row.
+#[inline(always)]
+fn sum_of_squares(x: &[f32]) -> f32 {
+    let mut sums = [0.0_f32; CHAINS];
+    let (blocks, rest) = x.as_chunks::<CHAINS>();
+    for block in blocks {
+        for (sum, value) in sums.iter_mut().zip(block) {
+            *sum = value.mul_add(*value, *sum);
+        }
+    }
+    for (sum, value) in sums.iter_mut().zip(rest) {
+        *sum = value.mul_add(*value, *sum);
+    }
+    join(sums)
+}
+
+#[inline(always)]
+unsafe fn rms_norm_rows<L: Lanes>(x: &[f32], weight: &[f32], eps: f32, y: &mut [f32]) {
+    let size = weight.len();
+    for (x, y) in x.chunks_exact(size).zip(y.chunks_exact_mut(size)) {
+        let scale = 1.0 / (sum_of_squares(x) / size as f32 + eps).sqrt();
+        for ((y, x), w) in y.iter_mut().zip(x).zip(weight) {
+            *y = x * scale * w;
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn silu_mul_body<L: Lanes>(gate: &[f32], up: &[f32], y: &mut [f32]) {
+    for ((y, g), u) in y.iter_mut().zip(gate).zip(up) {
+        *y = g / (1.0 + exp(-*g)) * u;
+    }
+}
+
+#[inline(always)]
+unsafe fn add_body<L: Lanes>(x: &[f32], y: &mut [f32]) {
+    for (y, x) in y.iter_mut().zip(x) {
+        *y += x;
+    }
+}
+
+#[inline(always)]
+unsafe fn rotate_body<L: Lanes>(
+    x: &mut [f32],
+    heads: usize,
+    cos: &[f32],
+    sin: &[f32],
+    half: usize,
+) {
+    for (row, x) in x.chunks_exact_mut(heads * 2 * half).enumerate() {
+        let cos = &cos[row * half..][..half];
+        let sin = &sin[row * half..][..half];
+        for head in x.chunks_exact_mut(2 * half) {
+            let (first, second) = head.split_at_mut(half);
+            for i in 0..half {
+                let (a, b) = (first[i], second[i]);
+                first[i] = a * cos[i] - b * sin[i];
+                second[i] = b * cos[i] + a * sin[i];
+            }
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn exp_body<L: Lanes>(values: &mut [f32]) {
+    for value in values {
+        *value = exp(*value);
+    }
+}
+
+multiversion! { fn rms_norm_isa(x: &[f32], weight: &[f32], eps: f32, y: &mut [f32]) => rms_norm_rows }
+multiversion! { fn silu_mul_isa(gate: &[f32], up: &[f32], y: &mut [f32]) => silu_mul_body }
+multiversion! { fn add_isa(x: &[f32], y: &mut [f32]) => add_body }
+multiversion! { fn rotate_isa(x: &mut [f32], heads: usize, cos: &[f32], sin: &[f32], half: usize) => rotate_body }
+multiversion! { fn exp_isa(values: &mut [f32]) => exp_body }
+
+/// A mutable slice that tasks cut disjoint pieces from.
+struct Pieces {
+    start: *mut f32,
+    len: usize,
+}
+// SAFETY: see `piece`.
+unsafe impl Sync for Pieces {}
+
+impl Pieces {
+    fn new(slice: &mut [f32]) -> Self {
+        Self {
+            start: slice.as_mut_ptr(),
+            len: slice.len(),
+        }
+    }
+
+    /// # Safety
+    /// No element may be in two pieces at the same time.
+    #[allow(clippy::mut_from_ref)]
+    unsafe fn piece(&self, range: std::ops::Range<usize>) -> &mut [f32] {
+        assert!(range.start <= range.end && range.end <= self.len);
+        unsafe { std::slice::from_raw_parts_mut(self.start.add(range.start), range.len()) }
+    }
+}
+
+/// Cuts `rows` rows of `size` elements into ranges of rows, large enough to be worth a task.
+fn over_rows(
+    pool: &Pool,
+    rows: usize,
+    size: usize,
+    work: &(dyn Fn(std::ops::Range<usize>) + Sync),
+) {
+    let per_task = MIN_TASK_ELEMENTS
+        .div_ceil(size.max(1))
+        .max(rows.div_ceil(2 * pool.threads()))
+        .max(1);
+    pool.run(rows.div_ceil(per_task), &|task| {
+        work(task * per_task..((task + 1) * per_task).min(rows))
+    });
+}
+
+/// `y = x / sqrt(mean(x^2) + eps) * weight` for every row of `weight.len()` elements.
+///
+/// # Panics
+/// If the lengths do not match.
+pub fn rms_norm(pool: &Pool, x: &[f32], weight: &[f32], eps: f32, y: &mut [f32]) {
+    let size = weight.len();
+    assert!(
+        x.len() == y.len() && x.len().is_multiple_of(size),
+        "rms_norm of {} by {size}",
+        x.len()
+    );
+    let (isa, y) = (Isa::best(), Pieces::new(y));
+    over_rows(pool, x.len() / size, size, &|rows| {
+        let range = rows.start * size..rows.end * size;
+        // SAFETY: row ranges are disjoint; the instruction set was detected.
+        unsafe { rms_norm_isa(isa, &x[range.clone()], weight, eps, y.piece(range)) }
+    });
+}
+
+/// `y = silu(gate) * up`, element by element, `silu(g) = g / (1 + e^-g)`.
+///
+/// # Panics
+/// If the lengths differ.
+pub fn silu_mul(pool: &Pool, gate: &[f32], up: &[f32], y: &mut [f32]) {
+    assert!(
+        gate.len() == up.len() && up.len() == y.len(),
+        "silu_mul of {}, {}, {}",
+        gate.len(),
+        up.len(),
+        y.len()
+    );
+    let (isa, y) = (Isa::best(), Pieces::new(y));
+    over_rows(pool, gate.len(), 1, &|range| {
+        // SAFETY: ranges are disjoint; the instruction set was detected.
+        unsafe {
+            silu_mul_isa(
+                isa,
+                &gate[range.clone()],
+                &up[range.clone()],
+                y.piece(range),
+            )
+        }
+    });
+}
+
+/// `y += x`, element by element.
+///
+/// # Panics
+/// If the lengths differ.
+pub fn add(x: &[f32], y: &mut [f32]) {
+    assert_eq!(x.len(), y.len(), "add");
+    // SAFETY: the instruction set was detected.
+    unsafe { add_isa(Isa::best(), x, y) }
+}
+
+/// Rotary embedding in place, "rotate half": `x` is `[rows][heads][2 half]`, `cos` and `sin` are `[rows][half]`; element `i` of a head
+/// turns together with element `i + half`.
+///
+/// # Panics
+/// If the lengths do not match.
+pub fn rotate(x: &mut [f32], heads: usize, cos: &[f32], sin: &[f32], half: usize) {
+    assert!(
+        half > 0 && heads > 0 && cos.len() == sin.len() && cos.len().is_multiple_of(half),
+        "rotate: cos of {}",
+        cos.len()
+    );
+    assert_eq!(x.len(), cos.len() / half * heads * 2 * half, "rotate: x");
+    // SAFETY: the instruction set was detected.
+    unsafe { rotate_isa(Isa::best(), x, heads, cos, sin, half) }
+}
+
+/// [`exp`](crate::exp) of every element, in place; same bits as one by one.
+pub fn exp_slice(values: &mut [f32]) {
+    // SAFETY: the instruction set was detected.
+    unsafe { exp_isa(Isa::best(), values) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::Random;
+
+    fn bits(values: &[f32]) -> Vec<u32> {
+        values.iter().map(|v| v.to_bits()).collect()
+    }
+
+    /// Runs `kernel` into a fresh output on every path and compares with the scalar one.
+    fn same_on_every_path(outputs: usize, kernel: impl Fn(Isa, &mut [f32])) -> Vec<f32> {
+        let run = |isa| {
+            let mut y = vec![f32::NAN; outputs];
+            kernel(isa, &mut y);
+            y
+        };
+        let expected = run(Isa::Scalar);
+        for &isa in Isa::available() {
+            assert_eq!(bits(&run(isa)), bits(&expected), "{isa:?}");
+        }
+        expected
+    }
+
+    #[test]
+    fn rms_norm_is_right_and_the_same_everywhere() {
+        let mut random = Random::new(1);
+        for size in [1, 3, 16, 17, 48, 100, 577] {
+            let (x, w) = (random.values(5 * size), random.values(size));
+            let y = same_on_every_path(x.len(), |isa, y| unsafe {
+                rms_norm_isa(isa, &x, &w, 1e-5, y)
+            });
+            for (x, y) in x.chunks(size).zip(y.chunks(size)) {
+                let mean = x.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>() / size as f64;
+                for i in 0..size {
+                    let exact = f64::from(x[i]) / (mean + 1e-5).sqrt() * f64::from(w[i]);
+                    assert!((f64::from(y[i]) - exact).abs() < 1e-6 * exact.abs().max(1.0));
+                }
+            }
+            for threads in [1, 2] {
+                let mut again = vec![0.0; x.len()];
+                rms_norm(&Pool::new(threads), &x, &w, 1e-5, &mut again);
+                assert_eq!(bits(&again), bits(&y));
+            }
+        }
+    }
+
+    #[test]
+    fn silu_mul_is_right_and_the_same_everywhere() {
+        let mut random = Random::new(2);
+        for n in [1, 15, 16, 33, 70_000] {
+            let gate: Vec<f32> = random.values(n).iter().map(|v| v * 30.0).collect();
+            let up = random.values(n);
+            let y = same_on_every_path(n, |isa, y| unsafe { silu_mul_isa(isa, &gate, &up, y) });
+            for i in 0..n {
+                let g = f64::from(gate[i]);
+                let exact = g / (1.0 + (-g).exp()) * f64::from(up[i]);
+                assert!((f64::from(y[i]) - exact).abs() <= 1e-6 * exact.abs().max(1e-6));
+            }
+            let mut again = vec![0.0; n];
+            silu_mul(&Pool::new(2), &gate, &up, &mut again);
+            assert_eq!(bits(&again), bits(&y));
+        }
+        let mut extremes = [0.0; 3];
+        silu_mul(
+            &Pool::new(1),
+            &[-200.0, 200.0, 0.0],
+            &[1.0; 3],
+            &mut extremes,
+        );
+        assert_eq!(extremes.map(|v| v + 0.0), [0.0, 200.0, 0.0]);
+    }
+
+    #[test]
+    fn rotate_keeps_lengths_and_is_the_same_everywhere() {
+        let mut random = Random::new(3);
+        for (rows, heads, half) in [(1, 1, 1), (3, 5, 7), (2, 3, 32), (4, 2, 16)] {
+            let x = random.values(rows * heads * 2 * half);
+            let angles = random.values(rows * half);
+            let cos: Vec<f32> = angles.iter().map(|a| a.cos()).collect();
+            let sin: Vec<f32> = angles.iter().map(|a| a.sin()).collect();
+            let y = same_on_every_path(x.len(), |isa, y| {
+                y.copy_from_slice(&x);
+                unsafe { rotate_isa(isa, y, heads, &cos, &sin, half) }
+            });
+            for (i, (before, after)) in x.chunks(2 * half).zip(y.chunks(2 * half)).enumerate() {
+                for j in 0..half {
+                    let length = |h: &[f32]| h[j].hypot(h[j + half]);
+                    assert!((length(before) - length(after)).abs() < 1e-5);
+                    let angle = angles[i / heads * half + j];
+                    assert!(
+                        (after[j] - (before[j] * angle.cos() - before[j + half] * angle.sin()))
+                            .abs()
+                            < 1e-6
+                    );
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn slices_of_exp_and_add_match_the_scalars() {
+        let mut random = Random::new(4);
+        let x: Vec<f32> = random
+            .values(1000)
+            .iter()
+            .map(|v| v * 110.0)
+            .chain([f32::INFINITY, f32::NEG_INFINITY, 0.0])
+            .collect();
+        let expected: Vec<f32> = x.iter().map(|v| exp(*v)).collect();
+        for &isa in Isa::available() {
+            let mut y = x.clone();
+            unsafe { exp_isa(isa, &mut y) }
+            assert_eq!(bits(&y), bits(&expected), "{isa:?}");
+        }
+        let mut sum = x[..1000].to_vec();
+        add(&x[..1000], &mut sum);
+        assert!(sum.iter().zip(&x).all(|(s, v)| *s == v + v));
+    }
+}

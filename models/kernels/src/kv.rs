@@ -1,0 +1,103 @@
+//! Keys and values of one layer, in blocks of 16 positions.
+//!
+//! ```text
+//! keys     [blocks][kv_heads][head_dim][16]          16 positions side by side: one register of scores per element of q
+//! values   [blocks][kv_heads][16][padded head_dim]   a position's elements side by side, padded to a multiple of 16
+//! ```
+//!
+//! A sequence is a list of block numbers (its table); position `p` lies in block `table[p / 16]` at offset `p % 16`.
+//! Invariant: memory is touched only where positions were written, so a large pool costs what is used.
+
+use crate::buffer::Buffer;
+use crate::product::UNIT;
+
+/// Positions per block.
+pub const BLOCK: usize = UNIT;
+
+/// The block pool of one layer.
+pub struct KvBlocks {
+    keys: Buffer<f32>,
+    values: Buffer<f32>,
+    kv_heads: usize,
+    head_dim: usize,
+    blocks: usize,
+}
+
+impl KvBlocks {
+    /// A pool of `blocks` blocks.
+    #[must_use]
+    pub fn new(blocks: usize, kv_heads: usize, head_dim: usize) -> Self {
+        let padded = head_dim.next_multiple_of(UNIT);
+        Self {
+            keys: Buffer::zeroed(blocks * kv_heads * head_dim * BLOCK),
+            values: Buffer::zeroed(blocks * kv_heads * BLOCK * padded),
+            kv_heads,
+            head_dim,
+            blocks,
+        }
+    }
+
+    /// Bytes that a position takes in one layer.
+    #[must_use]
+    pub fn position_bytes(kv_heads: usize, head_dim: usize) -> usize {
+        kv_heads * (head_dim + head_dim.next_multiple_of(UNIT)) * size_of::<f32>()
+    }
+
+    /// Key-value heads.
+    #[must_use]
+    pub fn kv_heads(&self) -> usize {
+        self.kv_heads
+    }
+
+    /// Elements of a head.
+    #[must_use]
+    pub fn head_dim(&self) -> usize {
+        self.head_dim
+    }
+
+    /// Number of blocks.
+    #[must_use]
+    pub fn blocks(&self) -> usize {
+        self.blocks
+    }
+
+    /// Stores one position: `k` and `v` are `[kv_heads][head_dim]`, `k` after rotary embedding.
+    ///
+    /// # Panics
+    /// If `block`, `offset` or a length is out of range.
+    pub fn write(&mut self, block: u32, offset: usize, k: &[f32], v: &[f32]) {
+        let (heads, dim) = (self.kv_heads, self.head_dim);
+        let padded = dim.next_multiple_of(UNIT);
+        assert!(
+            offset < BLOCK && (block as usize) < self.blocks,
+            "position {offset} of block {block}"
+        );
+        assert!(
+            k.len() == heads * dim && v.len() == heads * dim,
+            "k of {}, v of {}",
+            k.len(),
+            v.len()
+        );
+        for head in 0..heads {
+            let index = block as usize * heads + head;
+            let keys = &mut self.keys[index * dim * BLOCK..][..dim * BLOCK];
+            for (d, value) in k[head * dim..][..dim].iter().enumerate() {
+                keys[d * BLOCK + offset] = *value;
+            }
+            self.values[(index * BLOCK + offset) * padded..][..dim]
+                .copy_from_slice(&v[head * dim..][..dim]);
+        }
+    }
+
+    /// `[head_dim][16]` keys of a block.
+    pub(crate) fn keys(&self, block: u32, head: usize) -> &[f32] {
+        let size = self.head_dim * BLOCK;
+        &self.keys[(block as usize * self.kv_heads + head) * size..][..size]
+    }
+
+    /// `[16][padded head_dim]` values of a block.
+    pub(crate) fn values(&self, block: u32, head: usize) -> &[f32] {
+        let size = self.head_dim.next_multiple_of(UNIT) * BLOCK;
+        &self.values[(block as usize * self.kv_heads + head) * size..][..size]
+    }
+}

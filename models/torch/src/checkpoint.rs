@@ -1,0 +1,488 @@
+//! Reading a checkpoint directory's safetensors files: one `model.safetensors`, or shards named by an index.
+//!
+//! ```text
+//!  0        8                   8 + n                       safetensors
+//!  +--------+-------------------+---------------------+
+//!  | n: u64 | JSON header       | tensor bytes        |     little-endian; offsets in the header count from 8 + n
+//!  +--------+-------------------+---------------------+
+//! ```
+//!
+//! Files are memory-mapped. Invariant: what a header claims is checked against the file before it is used, so a truncated or
+//! hostile file is an error with a name, never a panic, and never an allocation of the claimed size.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::path::{Path, PathBuf};
+
+use memmap2::Mmap;
+use serde::Deserialize;
+use sha2::{Digest, Sha256};
+
+/// The largest header that is parsed, in bytes; the format's reference implementation has the same limit.
+const MAX_HEADER_BYTES: u64 = 100_000_000;
+const SINGLE: &str = "model.safetensors";
+const INDEX: &str = "model.safetensors.index.json";
+
+/// Why a checkpoint's files cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum CheckpointError {
+    #[error("model directory {0} does not exist or is no directory")]
+    NoDirectory(PathBuf),
+    #[error(
+        "{0} holds no weights: expected model.safetensors, or model.safetensors.index.json with its shards"
+    )]
+    NoWeights(PathBuf),
+    #[error("{0} holds weights in PyTorch's pickle format only; convert them to safetensors")]
+    Pickle(PathBuf),
+    #[error("cannot read {path}: {source}")]
+    Io {
+        path: PathBuf,
+        source: std::io::Error,
+    },
+    #[error(
+        "{path} is truncated: it holds {found_bytes} bytes, its header describes {expected_bytes}; fetch the file again"
+    )]
+    Truncated {
+        path: PathBuf,
+        expected_bytes: u64,
+        found_bytes: u64,
+    },
+    #[error("{path} is no safetensors file: {reason}")]
+    Format { path: PathBuf, reason: String },
+    #[error("{path}: {reason}")]
+    Index { path: PathBuf, reason: String },
+}
+
+/// Why one tensor cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum TensorError {
+    #[error(
+        "tensor \"{0}\" is missing from the checkpoint; its files are incomplete or of another model"
+    )]
+    Missing(String),
+    #[error(
+        "tensor \"{0}\" is quantized in this checkpoint (GPTQ, AWQ or a relative), which this engine does not support; use the f32, bf16 or f16 weights"
+    )]
+    Quantized(String),
+    #[error("tensor \"{name}\" has shape {found:?}, but config.json implies {expected:?}")]
+    Shape {
+        name: String,
+        expected: Vec<i64>,
+        found: Vec<u64>,
+    },
+    #[error("tensor \"{name}\" is stored as {dtype}; supported: F32, BF16, F16")]
+    Dtype { name: String, dtype: String },
+}
+
+/// How a tensor's elements are stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum StoredType {
+    F32,
+    Bf16,
+    F16,
+}
+
+impl StoredType {
+    /// Bytes of an element.
+    #[must_use]
+    pub fn size_bytes(self) -> usize {
+        match self {
+            Self::F32 => 4,
+            Self::Bf16 | Self::F16 => 2,
+        }
+    }
+
+    /// `f32`, `bf16`, `f16`.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::F32 => "f32",
+            Self::Bf16 => "bf16",
+            Self::F16 => "f16",
+        }
+    }
+
+    fn of(dtype: &str) -> Option<Self> {
+        match dtype {
+            "F32" => Some(Self::F32),
+            "BF16" => Some(Self::Bf16),
+            "F16" => Some(Self::F16),
+            _ => None,
+        }
+    }
+}
+
+/// A tensor as it lies in the file: row-major, little-endian, of no particular alignment.
+#[derive(Debug, Clone, Copy)]
+pub struct StoredTensor<'a> {
+    pub dtype: StoredType,
+    pub shape: &'a [u64],
+    pub bytes: &'a [u8],
+}
+
+/// Where one tensor lies.
+#[derive(Debug)]
+struct Entry {
+    file: usize,
+    dtype: String,
+    shape: Vec<u64>,
+    /// Of its bytes, from the start of the file; checked to lie within it.
+    start: usize,
+    end: usize,
+}
+
+/// The mapped files of a checkpoint and what they hold.
+#[derive(Debug)]
+pub struct Checkpoint {
+    directory: PathBuf,
+    files: Vec<Mmap>,
+    tensors: BTreeMap<String, Entry>,
+}
+
+impl Checkpoint {
+    /// Maps the weights in `directory` and checks every header.
+    ///
+    /// # Errors
+    /// [`CheckpointError`], naming the file.
+    pub fn open(directory: &Path) -> Result<Self, CheckpointError> {
+        if !directory.is_dir() {
+            return Err(CheckpointError::NoDirectory(directory.to_owned()));
+        }
+        let mut checkpoint = Self {
+            directory: directory.to_owned(),
+            files: Vec::new(),
+            tensors: BTreeMap::new(),
+        };
+        if directory.join(SINGLE).exists() {
+            checkpoint.add_file(SINGLE)?;
+        } else if directory.join(INDEX).exists() {
+            checkpoint.add_shards()?;
+        } else if directory.join("pytorch_model.bin").exists()
+            || directory.join("pytorch_model.bin.index.json").exists()
+        {
+            return Err(CheckpointError::Pickle(directory.to_owned()));
+        } else {
+            return Err(CheckpointError::NoWeights(directory.to_owned()));
+        }
+        Ok(checkpoint)
+    }
+
+    /// Maps one file and takes in all of its tensors.
+    fn add_file(&mut self, name: &str) -> Result<(), CheckpointError> {
+        let path = self.directory.join(name);
+        let io = |source| CheckpointError::Io {
+            path: path.clone(),
+            source,
+        };
+        let file = File::open(&path).map_err(io)?;
+        // SAFETY: the mapping is read-only. A file that someone shortens while it is mapped can kill this process (SIGBUS), which its owner
+        // answers with a fresh one; weights are read once, at load.
+        let map = unsafe { Mmap::map(&file) }.map_err(io)?;
+        let index = self.files.len();
+        for (name, raw, data_start) in parse_header(&path, &map)? {
+            let entry = locate(&path, &map, index, &name, raw, data_start)?;
+            self.tensors.insert(name, entry);
+        }
+        self.files.push(map);
+        Ok(())
+    }
+
+    /// Reads the index, maps each shard once, and checks that the shards hold what the index promises.
+    fn add_shards(&mut self) -> Result<(), CheckpointError> {
+        #[derive(Deserialize)]
+        struct Index {
+            weight_map: BTreeMap<String, String>,
+        }
+        let path = self.directory.join(INDEX);
+        let text = std::fs::read(&path).map_err(|source| CheckpointError::Io {
+            path: path.clone(),
+            source,
+        })?;
+        let wrong = |reason: String| CheckpointError::Index {
+            path: path.clone(),
+            reason,
+        };
+        let index: Index = serde_json::from_slice(&text)
+            .map_err(|error| wrong(format!("not a shard index: {error}")))?;
+        let mut shards: Vec<&String> = index.weight_map.values().collect();
+        shards.sort();
+        shards.dedup();
+        for shard in shards {
+            // A shard is a file beside the index; anything that could lead elsewhere is refused.
+            if shard.is_empty() || shard.contains(['/', '\\']) || shard.starts_with('.') {
+                return Err(wrong(format!(
+                    "the shard name {shard:?} is no plain file name"
+                )));
+            }
+            if !self.directory.join(shard).exists() {
+                return Err(wrong(format!(
+                    "the shard {shard} is missing; fetch the checkpoint again"
+                )));
+            }
+            self.add_file(shard)?;
+        }
+        match index
+            .weight_map
+            .iter()
+            .find(|(name, _)| !self.tensors.contains_key(*name))
+        {
+            Some((name, shard)) => Err(wrong(format!(
+                "tensor \"{name}\" is not in {shard}, where the index says it is"
+            ))),
+            None => Ok(()),
+        }
+    }
+
+    /// The tensor `name`, which must have the shape `expected`.
+    ///
+    /// # Errors
+    /// [`TensorError`] if it is missing, quantized, of another shape or of an element type that the engine does not compute with.
+    pub fn tensor(&self, name: &str, expected: &[i64]) -> Result<StoredTensor<'_>, TensorError> {
+        let Some(entry) = self.tensors.get(name) else {
+            return Err(self.missing(name));
+        };
+        // Before the shape: packed formats change both, and the element type says what is going on.
+        let Some(dtype) = StoredType::of(&entry.dtype) else {
+            return Err(TensorError::Dtype {
+                name: name.to_owned(),
+                dtype: entry.dtype.clone(),
+            });
+        };
+        let same = entry.shape.len() == expected.len()
+            && entry
+                .shape
+                .iter()
+                .zip(expected)
+                .all(|(f, e)| i64::try_from(*f) == Ok(*e));
+        if !same {
+            return Err(TensorError::Shape {
+                name: name.to_owned(),
+                expected: expected.to_vec(),
+                found: entry.shape.clone(),
+            });
+        }
+        Ok(StoredTensor {
+            dtype,
+            shape: &entry.shape,
+            bytes: &self.files[entry.file][entry.start..entry.end],
+        })
+    }
+
+    fn missing(&self, name: &str) -> TensorError {
+        let stem = name.strip_suffix("weight").unwrap_or(name);
+        let quantized = ["qweight", "weight_packed", "weight_scale", "scales"]
+            .iter()
+            .any(|part| self.tensors.contains_key(&format!("{stem}{part}")));
+        if quantized {
+            TensorError::Quantized(name.to_owned())
+        } else {
+            TensorError::Missing(name.to_owned())
+        }
+    }
+
+    /// Whether there is a tensor of this name.
+    #[must_use]
+    pub fn contains(&self, name: &str) -> bool {
+        self.tensors.contains_key(name)
+    }
+
+    /// The element type of most bytes of the checkpoint; `None` if none of the supported ones occurs.
+    #[must_use]
+    pub fn main_type(&self) -> Option<StoredType> {
+        let mut bytes = BTreeMap::<StoredType, usize>::new();
+        for entry in self.tensors.values() {
+            if let Some(dtype) = StoredType::of(&entry.dtype) {
+                *bytes.entry(dtype).or_default() += entry.end - entry.start;
+            }
+        }
+        bytes
+            .into_iter()
+            .max_by_key(|(_, bytes)| *bytes)
+            .map(|(dtype, _)| dtype)
+    }
+
+    /// Names, element types, shapes and sizes in bytes, sorted by name.
+    pub fn entries(&self) -> impl Iterator<Item = (&str, &str, &[u64], usize)> {
+        self.tensors.iter().map(|(name, e)| {
+            (
+                name.as_str(),
+                e.dtype.as_str(),
+                e.shape.as_slice(),
+                e.end - e.start,
+            )
+        })
+    }
+
+    /// A hash of all names, types, shapes and values: equal exactly if the weights are, however they are cut into files.
+    #[must_use]
+    pub fn value_hash(&self) -> [u8; 32] {
+        let threads = std::thread::available_parallelism()
+            .map_or(1, |n| n.get())
+            .min(8);
+        let entries: Vec<(&String, &Entry)> = self.tensors.iter().collect();
+        let next = std::sync::atomic::AtomicUsize::new(0);
+        let digests = std::sync::Mutex::new(vec![[0_u8; 32]; entries.len()]);
+        std::thread::scope(|scope| {
+            for _ in 0..threads {
+                scope.spawn(|| {
+                    loop {
+                        let index = next.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+                        let Some((name, entry)) = entries.get(index) else {
+                            break;
+                        };
+                        let digest = entry.digest(name, &self.files[entry.file]);
+                        digests
+                            .lock()
+                            .unwrap_or_else(std::sync::PoisonError::into_inner)[index] = digest;
+                    }
+                });
+            }
+        });
+        let mut hash = Sha256::new();
+        for digest in digests
+            .into_inner()
+            .unwrap_or_else(std::sync::PoisonError::into_inner)
+        {
+            hash.update(digest);
+        }
+        hash.finalize().into()
+    }
+}
+
+impl Entry {
+    fn digest(&self, name: &str, file: &[u8]) -> [u8; 32] {
+        let mut hash = Sha256::new();
+        // Zero bytes end the two texts, a length the shape: no two tensors have the same input.
+        hash.update(format!("{name}\0{}\0{}:", self.dtype, self.shape.len()));
+        for size in &self.shape {
+            hash.update(size.to_le_bytes());
+        }
+        hash.update(&file[self.start..self.end]);
+        hash.finalize().into()
+    }
+}
+
+/// One tensor of a header, unchecked.
+#[derive(Deserialize)]
+struct RawEntry {
+    dtype: String,
+    shape: Vec<u64>,
+    data_offsets: (u64, u64),
+}
+
+/// The header's tensors, and the file offset at which tensor bytes start.
+fn parse_header(path: &Path, file: &[u8]) -> Result<Vec<(String, RawEntry, u64)>, CheckpointError> {
+    let wrong = |reason: String| CheckpointError::Format {
+        path: path.to_owned(),
+        reason,
+    };
+    let truncated = |expected_bytes| CheckpointError::Truncated {
+        path: path.to_owned(),
+        expected_bytes,
+        found_bytes: file.len() as u64,
+    };
+    let Some((length, rest)) = file.split_first_chunk::<8>() else {
+        return Err(truncated(8));
+    };
+    let length = u64::from_le_bytes(*length);
+    if length > MAX_HEADER_BYTES {
+        return Err(wrong(format!(
+            "its header claims {length} bytes; at most {MAX_HEADER_BYTES} are allowed"
+        )));
+    }
+    let Some(header) = rest.get(..length as usize) else {
+        return Err(truncated(8 + length));
+    };
+    let header: BTreeMap<String, serde_json::Value> =
+        serde_json::from_slice(header).map_err(|error| wrong(format!("header: {error}")))?;
+    let mut entries = Vec::with_capacity(header.len());
+    for (name, value) in header {
+        if name == "__metadata__" {
+            continue;
+        }
+        let raw = serde_json::from_value(value)
+            .map_err(|error| wrong(format!("header of tensor \"{name}\": {error}")))?;
+        entries.push((name, raw, 8 + length));
+    }
+    Ok(entries)
+}
+
+/// Checks a tensor's claims against each other and against the file.
+fn locate(
+    path: &Path,
+    file: &[u8],
+    index: usize,
+    name: &str,
+    raw: RawEntry,
+    data_start: u64,
+) -> Result<Entry, CheckpointError> {
+    let wrong = |reason: String| CheckpointError::Format {
+        path: path.to_owned(),
+        reason,
+    };
+    let (from, to) = raw.data_offsets;
+    let (start, end) = match (data_start.checked_add(from), data_start.checked_add(to)) {
+        (Some(start), Some(end)) if start <= end => (start, end),
+        _ => {
+            return Err(wrong(format!(
+                "tensor \"{name}\" claims the impossible offsets {from} to {to}"
+            )));
+        }
+    };
+    if end > file.len() as u64 {
+        return Err(CheckpointError::Truncated {
+            path: path.to_owned(),
+            expected_bytes: end,
+            found_bytes: file.len() as u64,
+        });
+    }
+    if let Some(dtype) = StoredType::of(&raw.dtype) {
+        let needed = raw
+            .shape
+            .iter()
+            .try_fold(dtype.size_bytes() as u64, |bytes, size| {
+                bytes.checked_mul(*size)
+            });
+        if needed != Some(end - start) {
+            return Err(wrong(format!(
+                "tensor \"{name}\" of shape {:?} and type {} takes {} bytes",
+                raw.shape,
+                raw.dtype,
+                end - start
+            )));
+        }
+    }
+    Ok(Entry {
+        file: index,
+        dtype: raw.dtype,
+        shape: raw.shape,
+        start: start as usize,
+        end: end as usize,
+    })
+}
+
+impl From<TensorError> for crate::llama::LoadError {
+    fn from(error: TensorError) -> Self {
+        match error {
+            TensorError::Missing(name) => Self::Missing(name),
+            TensorError::Shape {
+                name,
+                expected,
+                found,
+            } => Self::Shape {
+                name,
+                expected,
+                found: found
+                    .iter()
+                    .map(|size| i64::try_from(*size).unwrap_or(i64::MAX))
+                    .collect(),
+            },
+            TensorError::Quantized(ref name) | TensorError::Dtype { ref name, .. } => {
+                Self::Unreadable {
+                    name: name.clone(),
+                    reason: error.to_string(),
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,74 @@
+//! `inspect`: what a checkpoint directory holds.
+
+use serde_json::json;
+use understudy_engine_core::server::ExitStatus;
+use understudy_torch::checkpoint::Checkpoint;
+use understudy_torch::load::read_config;
+use understudy_torch::runner::ExactCache;
+
+use super::Failure;
+
+/// Arguments of `inspect`.
+#[derive(Debug, clap::Args)]
+pub struct InspectArgs {
+    /// Checkpoint directory
+    model: std::path::PathBuf,
+    /// List every tensor
+    #[arg(long)]
+    tensors: bool,
+    /// One JSON object
+    #[arg(long)]
+    json: bool,
+}
+
+/// Prints configuration, parameters and sizes.
+pub fn inspect(args: &InspectArgs) -> Result<(), Failure> {
+    let failed = |error: anyhow::Error| Failure::of(ExitStatus::LoadFailed, error);
+    let checkpoint = Checkpoint::open(&args.model).map_err(|error| failed(error.into()))?;
+    let config = read_config(&args.model).map_err(|error| failed(error.into()))?;
+    let parameters: u64 = checkpoint
+        .entries()
+        .map(|(_, _, shape, _)| shape.iter().product::<u64>())
+        .sum();
+    let bytes: usize = checkpoint.entries().map(|(_, _, _, bytes)| bytes).sum();
+    let hash: String = checkpoint
+        .value_hash()
+        .iter()
+        .map(|byte| format!("{byte:02x}"))
+        .collect();
+    let kv_bytes = ExactCache::size_bytes(&config, 1, config.max_position_embeddings)
+        / config.max_position_embeddings as u64;
+    let config_json: serde_json::Value =
+        serde_json::from_str(&config.to_json()).map_err(|error| failed(error.into()))?;
+    if args.json {
+        let tensors: Vec<_> = checkpoint
+            .entries()
+            .map(|(name, dtype, shape, bytes)| json!({"name": name, "dtype": dtype, "shape": shape, "bytes": bytes}))
+            .collect();
+        let object = json!({
+            "config": config_json,
+            "parameters": parameters,
+            "weight_bytes": bytes,
+            "weight_hash": hash,
+            "kv_bytes_per_position": kv_bytes,
+            "tensors": tensors,
+        });
+        println!("{object}");
+        return Ok(());
+    }
+    println!("parameters             {parameters}");
+    println!(
+        "weights                {:.1} MB in {} tensors",
+        bytes as f64 / 1e6,
+        checkpoint.entries().count()
+    );
+    println!("weight hash            {hash}");
+    println!("KV cache               {kv_bytes} bytes per position");
+    println!("configuration          {config_json:#}");
+    if args.tensors {
+        for (name, dtype, shape, bytes) in checkpoint.entries() {
+            println!("{name:<60} {dtype:<5} {shape:?} {bytes} bytes");
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,252 @@
+//! `run`: one prompt through one checkpoint, without a cluster, by the same scheduler and sampler that serve.
+
+use std::io::{IsTerminal, Read, Write};
+
+use anyhow::{Context, anyhow};
+use serde_json::{Value, json};
+use understudy_engine_core::frame::{AttemptId, SamplingParams, StartAttempt, StepToken};
+use understudy_engine_core::runner::{Chunk, ModelInfo, ModelRunner, Slot, StepError};
+use understudy_engine_core::scheduler::{Scheduler, SchedulerOptions};
+use understudy_engine_core::server::ExitStatus;
+use understudy_engine_core::tokenizer::TextTokenizer;
+
+use super::{Failure, ModelArgs};
+
+/// Arguments of `run`.
+#[derive(Debug, clap::Args)]
+pub struct RunArgs {
+    #[command(flatten)]
+    model: ModelArgs,
+    /// Text to continue (needs the checkpoint's tokenizer.json); "-" reads standard input
+    #[arg(
+        long,
+        required_unless_present = "token_ids",
+        conflicts_with = "token_ids"
+    )]
+    prompt: Option<String>,
+    /// Token ids to continue, such as 1,2,3
+    #[arg(long, value_delimiter = ',')]
+    token_ids: Option<Vec<u32>>,
+    #[arg(long, default_value_t = 64)]
+    max_tokens: u32,
+    /// 0 is greedy
+    #[arg(long, default_value_t = 0.0)]
+    temperature: f32,
+    #[arg(long, default_value_t = 1.0)]
+    top_p: f32,
+    #[arg(long, default_value_t = 0)]
+    top_k: u32,
+    #[arg(long, default_value_t = 0.0)]
+    min_p: f32,
+    #[arg(long, default_value_t = 1.0)]
+    repetition_penalty: f32,
+    #[arg(long, default_value_t = 0.0)]
+    presence_penalty: f32,
+    #[arg(long, default_value_t = 0.0)]
+    frequency_penalty: f32,
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+    #[arg(long, default_value_t = 0)]
+    min_tokens: u32,
+    /// Ids that end the text, besides the model's own
+    #[arg(long, value_delimiter = ',')]
+    stop_token_ids: Vec<u32>,
+    /// Go on past the model's end-of-text ids
+    #[arg(long)]
+    ignore_eos: bool,
+    /// Alternatives to print per position (with --json)
+    #[arg(long, default_value_t = 0)]
+    top_logprobs: u32,
+    /// One JSON object a line: position, id, logprob, top, text where there is a tokenizer
+    #[arg(long)]
+    json: bool,
+    /// With --json: every raw logit of each position too
+    #[arg(long, requires = "json")]
+    logits: bool,
+}
+
+/// Continues the prompt and prints.
+pub fn run(args: &RunArgs) -> Result<(), Failure> {
+    let tokenizer = tokenizer(args)?;
+    let prompt = prompt(args, tokenizer.as_ref())?;
+    let mut runner = Tap {
+        inner: args.model.load(1)?,
+        last: Vec::new(),
+    };
+    let mut scheduler = Scheduler::new(runner.info(), SchedulerOptions::default());
+    let start = StartAttempt {
+        attempt: AttemptId {
+            request: 1,
+            epoch: 1,
+        },
+        prompt,
+        committed: Vec::new(),
+        expect_logprobs: Vec::new(),
+        sampling: args.sampling(),
+    };
+    scheduler
+        .start(start)
+        .map_err(|error| Failure::of(ExitStatus::Usage, error))?;
+    let mut printer = Printer::new(args, tokenizer);
+    while scheduler.has_work() {
+        let outcome = scheduler
+            .step(&mut runner)
+            .map_err(|error| Failure::of(ExitStatus::StepFailed, error))?;
+        let Some(outcome) = outcome else { break };
+        if let Some((_, error)) = outcome.failed.into_iter().next() {
+            return Err(Failure::of(ExitStatus::StepFailed, error));
+        }
+        for token in outcome.tokens {
+            printer
+                .print(&token, &runner.last)
+                .map_err(Failure::other)?;
+        }
+    }
+    printer.end().map_err(Failure::other)
+}
+
+impl RunArgs {
+    fn sampling(&self) -> SamplingParams {
+        SamplingParams {
+            temperature: self.temperature,
+            top_p: self.top_p,
+            top_k: self.top_k,
+            min_p: self.min_p,
+            repetition_penalty: self.repetition_penalty,
+            presence_penalty: self.presence_penalty,
+            frequency_penalty: self.frequency_penalty,
+            seed: self.seed,
+            max_tokens: self.max_tokens,
+            min_tokens: self.min_tokens,
+            stop_token_ids: self.stop_token_ids.clone(),
+            ignore_eos: self.ignore_eos,
+            top_logprobs: self.top_logprobs,
+        }
+    }
+}
+
+/// A tokenizer is needed for a text, and used for output where there is one.
+fn tokenizer(args: &RunArgs) -> Result<Option<TextTokenizer>, Failure> {
+    let path = args.model.model.join("tokenizer.json");
+    if args.prompt.is_none() && !path.exists() {
+        return Ok(None);
+    }
+    TextTokenizer::from_file(&path)
+        .map(Some)
+        .map_err(|error| Failure::of(ExitStatus::LoadFailed, error))
+}
+
+fn prompt(args: &RunArgs, tokenizer: Option<&TextTokenizer>) -> Result<Vec<u32>, Failure> {
+    let (text, tokenizer) = match (&args.prompt, tokenizer) {
+        (Some(text), Some(tokenizer)) => (text, tokenizer),
+        _ => return Ok(args.token_ids.clone().unwrap_or_default()),
+    };
+    let mut piped = String::new();
+    let text = if text == "-" {
+        std::io::stdin()
+            .read_to_string(&mut piped)
+            .context("cannot read the prompt from standard input")
+            .map_err(Failure::other)?;
+        &piped
+    } else {
+        text
+    };
+    tokenizer
+        .encode(text, true)
+        .map_err(|error| Failure::of(ExitStatus::Usage, error))
+}
+
+/// A runner that remembers the logits of its last step.
+struct Tap<R> {
+    inner: R,
+    last: Vec<f32>,
+}
+
+impl<R: ModelRunner> ModelRunner for Tap<R> {
+    fn info(&self) -> &ModelInfo {
+        self.inner.info()
+    }
+
+    fn execute(&mut self, chunks: &[Chunk<'_>], logits: &mut Vec<f32>) -> Result<(), StepError> {
+        self.inner.execute(chunks, logits)?;
+        self.last.clone_from(logits);
+        Ok(())
+    }
+
+    fn release(&mut self, slot: Slot) {
+        self.inner.release(slot);
+    }
+}
+
+struct Printer<'a> {
+    args: &'a RunArgs,
+    tokenizer: Option<TextTokenizer>,
+    ids: Vec<u32>,
+    /// How much of the text of `ids` is printed, in bytes.
+    printed_bytes: usize,
+}
+
+impl<'a> Printer<'a> {
+    fn new(args: &'a RunArgs, tokenizer: Option<TextTokenizer>) -> Self {
+        Self {
+            args,
+            tokenizer,
+            ids: Vec::new(),
+            printed_bytes: 0,
+        }
+    }
+
+    fn print(&mut self, token: &StepToken, logits: &[f32]) -> anyhow::Result<()> {
+        self.ids.push(token.token.id);
+        let text = self.new_text()?;
+        let mut out = std::io::stdout().lock();
+        if self.args.json {
+            let mut line = json!({
+                "position": token.position,
+                "id": token.token.id,
+                "logprob": token.token.logprob,
+                "top": token.token.top,
+            });
+            if let Some(text) = text {
+                line["text"] = Value::String(text);
+            }
+            if self.args.logits {
+                line["logits"] = json!(logits);
+            }
+            if let Some(finish) = token.finish {
+                line["finish_reason"] = serde_json::to_value(finish)?;
+            }
+            writeln!(out, "{line}")?;
+        } else if let Some(text) = text {
+            write!(out, "{text}")?;
+            out.flush()?;
+        } else {
+            write!(out, "{} ", token.token.id)?;
+        }
+        Ok(())
+    }
+
+    /// What the newest token adds to the text; nothing while a character is incomplete.
+    fn new_text(&mut self) -> anyhow::Result<Option<String>> {
+        let Some(tokenizer) = &self.tokenizer else {
+            return Ok(None);
+        };
+        let text = tokenizer
+            .decode(&self.ids)
+            .map_err(|error| anyhow!(error))?;
+        let complete = text.trim_end_matches(char::REPLACEMENT_CHARACTER);
+        let new = complete
+            .get(self.printed_bytes..)
+            .unwrap_or_default()
+            .to_owned();
+        self.printed_bytes += new.len();
+        Ok(Some(new))
+    }
+
+    fn end(&self) -> anyhow::Result<()> {
+        if !self.args.json && std::io::stdout().is_terminal() {
+            println!();
+        }
+        Ok(())
+    }
+}

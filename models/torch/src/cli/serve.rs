@@ -1,0 +1,67 @@
+//! `serve`: an engine process for a node.
+
+use std::ffi::OsString;
+use std::process::ExitCode;
+
+use understudy_engine_core::args::EngineArgs;
+use understudy_engine_core::runner::ModelRunner;
+use understudy_engine_core::server::{ExitStatus, ServeOptions, inherited_socket};
+use understudy_torch::load::{LoadOptions, load};
+use understudy_torch::runner::Numerics;
+
+/// Left to [`EngineArgs`], which the fake engine shares.
+#[derive(Debug, clap::Args)]
+pub struct ServeArgs {
+    /// --model DIR --fd N [--dtype f32|bf16|f16|auto] [--device auto|cpu|cuda:N] [--threads N] [--max-sequences N] [--context-length N]
+    /// [--max-waiting N] [--step-tokens N] [--numerics exact|fast]
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+    arguments: Vec<OsString>,
+}
+
+/// Serves until the node or a failure ends it.
+pub fn serve(args: ServeArgs) -> ExitCode {
+    match start(args) {
+        Ok(status) => status.into(),
+        Err(message) => {
+            eprintln!("understudy-engine serve: {message}");
+            ExitStatus::Usage.into()
+        }
+    }
+}
+
+fn start(args: ServeArgs) -> Result<ExitStatus, String> {
+    let mut numerics = Numerics::Exact;
+    let arguments = std::iter::once(OsString::from("serve")).chain(args.arguments);
+    let args = EngineArgs::parse(arguments, |name, values| {
+        if name != "--numerics" {
+            return Ok(false);
+        }
+        numerics = super::numerics(&values.text()?)
+            .map_err(understudy_engine_core::args::ArgsError::new)?;
+        Ok(true)
+    })
+    .map_err(|error| error.to_string())?;
+    let options = LoadOptions {
+        dtype: args
+            .dtype
+            .parse()
+            .map_err(|error: understudy_torch::load::ModelError| error.to_string())?,
+        device: args
+            .device
+            .parse()
+            .map_err(|error: understudy_torch::device::DeviceError| error.to_string())?,
+        numerics,
+        threads: args.threads,
+        max_sequences: args.max_sequences,
+        context_length: args.context_length,
+    };
+    let socket = inherited_socket(args.fd).map_err(|error| error.to_string())?;
+    let serve_options = ServeOptions {
+        scheduler: args.scheduler,
+    };
+    understudy_engine_core::server::serve(socket, serve_options, |progress| {
+        let runner = load(&args.model, &options, progress).map_err(|error| error.to_string())?;
+        Ok(Box::new(runner) as Box<dyn ModelRunner>)
+    })
+    .map_err(|error| error.to_string())
+}

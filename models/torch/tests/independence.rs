@@ -1,0 +1,236 @@
+//! The runner's contract: a row of logits is a function of its sequence's tokens. Seeded random schedules (how prompts are cut into chunks,
+//! who else is in the step, which slot) against the plainest one, bit for bit.
+
+mod common;
+
+use common::{bits, golden, open};
+use fastrand::Rng;
+use understudy_engine_core::runner::{Chunk, ModelRunner, Slot};
+use understudy_torch::load::{LoadOptions, load};
+use understudy_torch::runner::{LlamaRunner, Numerics};
+
+const SLOTS: usize = 7;
+const SEQUENCES: usize = 5;
+
+/// Token ids of the sequences, of various lengths; the same for every schedule.
+fn sequences(vocab: usize) -> Vec<Vec<u32>> {
+    let mut rng = Rng::with_seed(99);
+    [1, 17, 40, 64, 90]
+        .map(|length| (0..length).map(|_| rng.u32(0..vocab as u32)).collect())
+        .to_vec()
+}
+
+/// Every row of every sequence, computed alone, one token at a time, in slot 0.
+fn plain(runner: &mut LlamaRunner, sequences: &[Vec<u32>]) -> Vec<Vec<f32>> {
+    let mut rows = Vec::new();
+    for tokens in sequences {
+        let mut logits = Vec::new();
+        for (start, token) in tokens.iter().enumerate() {
+            let mut row = Vec::new();
+            let chunk = Chunk {
+                slot: Slot(0),
+                start,
+                tokens: std::slice::from_ref(token),
+                logits_for: 1,
+            };
+            runner.execute(&[chunk], &mut row).unwrap();
+            logits.extend(row);
+        }
+        runner.release(Slot(0));
+        rows.push(logits);
+    }
+    rows
+}
+
+/// The same rows by a random schedule. Slots are reused from schedule to schedule, so old keys lie behind new ones.
+fn scheduled(runner: &mut LlamaRunner, sequences: &[Vec<u32>], rng: &mut Rng) -> Vec<Vec<f32>> {
+    let mut slots: Vec<u32> = (0..SLOTS as u32).collect();
+    rng.shuffle(&mut slots);
+    let vocab = runner.info().vocab_size;
+    let mut done = [0; SEQUENCES];
+    let mut rows = vec![Vec::new(); SEQUENCES];
+    while (0..SEQUENCES).any(|s| done[s] < sequences[s].len()) {
+        let mut members: Vec<usize> = (0..SEQUENCES)
+            .filter(|s| done[*s] < sequences[*s].len() && rng.f32() < 0.7)
+            .collect();
+        rng.shuffle(&mut members);
+        let chunks: Vec<Chunk<'_>> = members
+            .iter()
+            .map(|s| {
+                let left = sequences[*s].len() - done[*s];
+                let take = if rng.bool() {
+                    1
+                } else {
+                    1 + rng.usize(0..left)
+                };
+                Chunk {
+                    slot: Slot(slots[*s]),
+                    start: done[*s],
+                    tokens: &sequences[*s][done[*s]..done[*s] + take],
+                    logits_for: take,
+                }
+            })
+            .collect();
+        let mut logits = Vec::new();
+        runner.execute(&chunks, &mut logits).unwrap();
+        let mut rest = logits.as_slice();
+        for (s, chunk) in members.iter().zip(&chunks) {
+            let (own, others) = rest.split_at(chunk.tokens.len() * vocab);
+            rows[*s].extend_from_slice(own);
+            done[*s] += chunk.tokens.len();
+            rest = others;
+        }
+        assert!(rest.is_empty());
+    }
+    rows
+}
+
+fn options(numerics: Numerics, threads: usize) -> LoadOptions {
+    LoadOptions {
+        numerics,
+        threads,
+        max_sequences: SLOTS,
+        context_length: Some(96),
+        ..LoadOptions::default()
+    }
+}
+
+/// Number of schedules whose rows differ from the plain ones.
+fn differing(name: &str, numerics: Numerics, threads: usize, schedules: u64) -> u64 {
+    let mut runner = open(name, &options(numerics, threads));
+    let sequences = sequences(runner.info().vocab_size);
+    let expected: Vec<Vec<u32>> = plain(&mut open(name, &options(numerics, 1)), &sequences)
+        .iter()
+        .map(|rows| bits(rows))
+        .collect();
+    (0..schedules)
+        .filter(|seed| {
+            let rows = scheduled(&mut runner, &sequences, &mut Rng::with_seed(*seed));
+            let same = rows
+                .iter()
+                .zip(&expected)
+                .all(|(rows, expected)| bits(rows) == *expected);
+            if !same && numerics == Numerics::Exact {
+                println!("{name}, {threads} threads: schedule of seed {seed} differs");
+            }
+            !same
+        })
+        .count() as u64
+}
+
+#[test]
+fn schedules_do_not_change_a_bit() {
+    for (name, schedules) in [
+        ("f32_gqa_tied", 150),
+        ("bf16_mha_tied", 60),
+        ("f16_biases_sharded", 60),
+    ] {
+        for threads in [1, 2] {
+            assert_eq!(
+                differing(name, Numerics::Exact, threads, schedules),
+                0,
+                "{name}, {threads} threads"
+            );
+        }
+    }
+}
+
+/// The test above can fail: LibTorch's own operators do depend on the schedule.
+#[test]
+fn the_stock_operators_fail_this_test() {
+    assert!(differing("f32_gqa_tied", Numerics::Stock, 1, 20) > 0);
+}
+
+/// The demo model is larger, so that its products are split over threads.
+#[test]
+fn the_demo_model_keeps_its_bits_too() {
+    let demo = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../demo");
+    if !demo.join("model.safetensors").exists() {
+        println!("SKIPPED: models/demo has no weights");
+        return;
+    }
+    let open = |threads| load(&demo, &options(Numerics::Exact, threads), &mut |_| {}).unwrap();
+    let sequences = sequences(open(1).info().vocab_size);
+    let expected: Vec<Vec<u32>> = plain(&mut open(1), &sequences)
+        .iter()
+        .map(|rows| bits(rows))
+        .collect();
+    let mut runner = open(2);
+    for seed in 0..10 {
+        let rows = scheduled(&mut runner, &sequences, &mut Rng::with_seed(seed));
+        assert!(
+            rows.iter()
+                .zip(&expected)
+                .all(|(rows, expected)| bits(rows) == *expected),
+            "seed {seed}"
+        );
+    }
+}
+
+#[test]
+fn equal_models_have_equal_fingerprints_and_other_weights_another() {
+    let print = |name: &str, threads, context| {
+        let options = LoadOptions {
+            threads,
+            context_length: Some(context),
+            ..options(Numerics::Exact, 1)
+        };
+        load(&golden(name), &options, &mut |_| {})
+            .unwrap()
+            .info()
+            .fingerprint
+            .clone()
+    };
+    let one = print("f32_gqa_tied", 1, 96);
+    assert_eq!(
+        one,
+        print("f32_gqa_tied", 2, 50),
+        "threads and context length are no part of the arithmetic"
+    );
+    assert_ne!(one, print("f32_linear_rope", 1, 96));
+}
+
+#[test]
+fn impossible_chunks_are_errors() {
+    let mut runner = open("f32_gqa_tied", &options(Numerics::Exact, 1));
+    let mut refused = |slot, start, tokens: &[u32], logits_for, part: &str| {
+        let error = runner
+            .execute(
+                &[Chunk {
+                    slot: Slot(slot),
+                    start,
+                    tokens,
+                    logits_for,
+                }],
+                &mut Vec::new(),
+            )
+            .unwrap_err();
+        assert!(error.to_string().contains(part), "{error}");
+    };
+    refused(SLOTS as u32, 0, &[1], 1, "slots");
+    refused(0, 96, &[1], 1, "context");
+    refused(0, 0, &[], 0, "0 tokens");
+    refused(0, 0, &[1], 2, "logits for 2");
+    refused(0, 0, &[100_000], 1, "vocabulary");
+    let twice = [
+        Chunk {
+            slot: Slot(1),
+            start: 0,
+            tokens: &[1],
+            logits_for: 0,
+        },
+        Chunk {
+            slot: Slot(1),
+            start: 1,
+            tokens: &[1],
+            logits_for: 0,
+        },
+    ];
+    assert!(
+        runner
+            .execute(&twice, &mut Vec::new())
+            .unwrap_err()
+            .to_string()
+            .contains("twice")
+    );
+}

@@ -1,0 +1,501 @@
+//! One connection to one gateway: a task that owns the socket and shares it among streams.
+//!
+//! The task never reconnects. When the connection ends it notes the reason and drops the streams' senders; each stream
+//! first takes what was delivered, then sees the end, and recovers by itself.
+//!
+//! Bounds: commands wait in a channel of [`COMMANDS`]; bytes to send in a buffer that takes no further command above
+//! [`OUT_HIGH_BYTES`]; a stream's events in a channel as long as the credit it gave; calls in [`MAX_CALLS`] slots.
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
+
+use bytes::{Bytes, BytesMut};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+use tokio::net::tcp::ReadHalf;
+use tokio::sync::{mpsc, oneshot};
+use tokio::time::{Instant, sleep_until};
+use tracing::debug;
+use understudy_protocol::message::{ClientMessage, ClusterStatus, Limits, ServerMessage};
+use understudy_protocol::{FrameDecoder, decode_server, encode};
+
+use crate::dial::Greeted;
+use crate::error::{Error, LostReason};
+use crate::options::Options;
+
+/// Commands that wait for the task; senders wait beyond it.
+const COMMANDS: usize = 1024;
+
+/// Bytes to send above which no command is taken.
+const OUT_HIGH_BYTES: usize = 1024 * 1024;
+
+/// Calls (`ping` and `status` each) without an answer; beyond it a call fails at once.
+const MAX_CALLS: usize = 64;
+
+/// Room in a stream's channel beside the tokens: `accepted` and the terminal event.
+const CONTROL_EVENTS: usize = 2;
+
+/// When the last handle goes, the streams that still run must be cancelled within this time.
+const DRAIN_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// A handle to the task. The connection closes when the last one is dropped.
+pub(crate) struct Link {
+    commands: mpsc::Sender<Command>,
+    address: String,
+    limits: Limits,
+    /// Number of the next stream; the link takes no more streams when they have run out.
+    next_stream: AtomicU32,
+    /// Set once, when the connection has ended.
+    end: Arc<OnceLock<LostReason>>,
+}
+
+/// A stream's hold on a link.
+pub(crate) struct Attachment {
+    pub link: Arc<Link>,
+    pub stream: u32,
+    pub events: mpsc::Receiver<ServerMessage>,
+}
+
+enum Command {
+    Open {
+        stream: u32,
+        frame: Bytes,
+        events: mpsc::Sender<ServerMessage>,
+    },
+    Credit {
+        stream: u32,
+        tokens: u32,
+    },
+    Cancel {
+        stream: u32,
+    },
+    Ping(oneshot::Sender<()>),
+    Status(oneshot::Sender<ClusterStatus>),
+}
+
+impl Link {
+    /// Starts the task of a connection.
+    pub fn start(address: String, greeted: Greeted, options: &Options) -> Arc<Self> {
+        let (sender, receiver) = mpsc::channel(COMMANDS);
+        let end = Arc::new(OnceLock::new());
+        let link = Arc::new(Self {
+            commands: sender,
+            address,
+            limits: greeted.limits,
+            next_stream: AtomicU32::new(1),
+            end: end.clone(),
+        });
+        debug!(address = link.address, node = greeted.node, "connected");
+        let task = Task::new(greeted.decoder, options);
+        tokio::spawn(async move {
+            let reason = task.run(greeted.socket, receiver, &end).await;
+            debug!(%reason, "connection ended");
+        });
+        link
+    }
+
+    pub fn limits(&self) -> &Limits {
+        &self.limits
+    }
+
+    /// Whether new streams can be opened.
+    pub fn is_open(&self) -> bool {
+        !self.commands.is_closed() && self.next_stream.load(Ordering::Relaxed) < u32::MAX
+    }
+
+    /// Why the connection ended.
+    pub fn reason(&self) -> LostReason {
+        self.end.get().cloned().unwrap_or(LostReason::Closed)
+    }
+
+    /// Whether the connection has ended.
+    pub fn is_ended(&self) -> bool {
+        self.end.get().is_some()
+    }
+
+    /// The connection's end as an error.
+    pub fn lost(&self) -> Error {
+        Error::Lost {
+            address: self.address.clone(),
+            reason: self.reason(),
+        }
+    }
+
+    /// Sends the opening message that `message` makes of a stream number, with room for `window` token events.
+    pub async fn open(
+        self: &Arc<Self>,
+        window: u32,
+        message: impl FnOnce(u32) -> ClientMessage,
+    ) -> Result<Attachment, Error> {
+        let stream = self.next_stream.fetch_add(1, Ordering::Relaxed);
+        let frame = self.frame(&message(stream))?;
+        let (sender, events) = mpsc::channel(window as usize + CONTROL_EVENTS);
+        let command = Command::Open {
+            stream,
+            frame,
+            events: sender,
+        };
+        self.commands.send(command).await.map_err(|_| self.lost())?;
+        Ok(Attachment {
+            link: self.clone(),
+            stream,
+            events,
+        })
+    }
+
+    /// Grants the server further token events.
+    pub async fn credit(&self, stream: u32, tokens: u32) -> Result<(), Error> {
+        let command = Command::Credit { stream, tokens };
+        self.commands.send(command).await.map_err(|_| self.lost())
+    }
+
+    /// Asks for the end of a stream. Where the queue is full the task finds the dropped receiver by itself.
+    pub fn cancel(&self, stream: u32) {
+        let _ = self.commands.try_send(Command::Cancel { stream });
+    }
+
+    pub async fn ping(&self) -> Result<(), Error> {
+        let (answer, answered) = oneshot::channel();
+        self.call(Command::Ping(answer), answered).await
+    }
+
+    pub async fn status(&self) -> Result<ClusterStatus, Error> {
+        let (answer, answered) = oneshot::channel();
+        self.call(Command::Status(answer), answered).await
+    }
+
+    async fn call<T>(&self, command: Command, answered: oneshot::Receiver<T>) -> Result<T, Error> {
+        self.commands.send(command).await.map_err(|_| self.lost())?;
+        answered.await.map_err(|_| match self.end.get() {
+            Some(_) => self.lost(),
+            None => Error::Busy { max: MAX_CALLS },
+        })
+    }
+
+    fn frame(&self, message: &ClientMessage) -> Result<Bytes, Error> {
+        let mut out = BytesMut::new();
+        let size = encode(message, &mut out).map_err(|error| Error::Protocol(error.to_string()))?;
+        let len = size - understudy_protocol::frame::HEADER_BYTES;
+        let max = self.limits.max_frame_bytes as usize;
+        if len > max {
+            return Err(Error::TooLarge { len, max });
+        }
+        Ok(out.freeze())
+    }
+}
+
+struct Task {
+    decoder: FrameDecoder,
+    out: BytesMut,
+    /// Streams whose terminal event has not come.
+    streams: HashMap<u32, Entry>,
+    pings: HashMap<u64, oneshot::Sender<()>>,
+    next_nonce: u64,
+    /// Answers come in the order of the questions.
+    statuses: VecDeque<oneshot::Sender<ClusterStatus>>,
+    interval: Duration,
+    timeout: Duration,
+    last_received: Instant,
+    /// Last write; the server closes a connection that says nothing, however much it is sent.
+    last_sent: Instant,
+    last_ping: Instant,
+    /// Since when the peer has taken none of the bytes to send.
+    stalled_since: Option<Instant>,
+}
+
+struct Entry {
+    events: mpsc::Sender<ServerMessage>,
+    cancelled: bool,
+}
+
+impl Task {
+    fn new(decoder: FrameDecoder, options: &Options) -> Self {
+        let now = Instant::now();
+        Self {
+            decoder,
+            out: BytesMut::new(),
+            streams: HashMap::new(),
+            pings: HashMap::new(),
+            next_nonce: 0,
+            statuses: VecDeque::new(),
+            interval: options.keepalive_interval,
+            timeout: options.keepalive_timeout,
+            last_received: now,
+            last_sent: now,
+            last_ping: now,
+            stalled_since: None,
+        }
+    }
+
+    /// Runs until the connection ends or the last handle is dropped.
+    async fn run(
+        mut self,
+        mut socket: TcpStream,
+        mut commands: mpsc::Receiver<Command>,
+        end: &OnceLock<LostReason>,
+    ) -> LostReason {
+        let reason = match self.serve(&mut socket, &mut commands).await {
+            Ok(()) => {
+                self.drain(&mut socket).await;
+                LostReason::Closed
+            }
+            Err(reason) => reason,
+        };
+        // The reason must be there before the streams see their senders go.
+        let _ = end.set(reason.clone());
+        drop(commands);
+        drop(self);
+        reason
+    }
+
+    async fn serve(
+        &mut self,
+        socket: &mut TcpStream,
+        commands: &mut mpsc::Receiver<Command>,
+    ) -> Result<(), LostReason> {
+        let (mut reader, mut writer) = socket.split();
+        self.take_frames()?;
+        loop {
+            let timer = self.next_timer();
+            tokio::select! {
+                read = reader.read_buf(self.decoder.buffer_mut()) => {
+                    if read? == 0 {
+                        return Err(LostReason::Closed);
+                    }
+                    self.last_received = Instant::now();
+                    self.take_frames()?;
+                }
+                command = commands.recv(), if self.out.len() < OUT_HIGH_BYTES => {
+                    let Some(command) = command else { return Ok(()) };
+                    self.obey(command)?;
+                    // What else is there goes out with the same write.
+                    while self.out.len() < OUT_HIGH_BYTES {
+                        let Ok(command) = commands.try_recv() else { break };
+                        self.obey(command)?;
+                    }
+                }
+                written = writer.write_buf(&mut self.out), if !self.out.is_empty() => {
+                    if let Err(error) = written {
+                        return Err(self.last_words(&mut reader).await.unwrap_or(error.into()));
+                    }
+                    self.last_sent = Instant::now();
+                    self.stalled_since = None;
+                }
+                () = sleep_until(timer) => self.tick(Instant::now())?,
+            }
+            if self.out.is_empty() {
+                self.stalled_since = None;
+            } else {
+                self.stalled_since.get_or_insert_with(Instant::now);
+            }
+        }
+    }
+
+    /// What the server said before it closed, when a write has found out that it did.
+    async fn last_words(&mut self, reader: &mut ReadHalf<'_>) -> Option<LostReason> {
+        let words = async {
+            loop {
+                self.take_frames()?;
+                if !matches!(reader.read_buf(self.decoder.buffer_mut()).await, Ok(1..)) {
+                    return Ok(());
+                }
+            }
+        };
+        let heard: Result<(), LostReason> =
+            tokio::time::timeout(DRAIN_TIMEOUT, words).await.ok()?;
+        heard.err()
+    }
+
+    /// The earliest moment at which [`tick`](Self::tick) has something to do.
+    fn next_timer(&self) -> Instant {
+        let ping = self.next_ping();
+        let silent = self.last_received + self.timeout;
+        let stalled = self.stalled_since.map(|since| since + self.timeout);
+        ping.min(silent).min(stalled.unwrap_or(silent))
+    }
+
+    /// A ping is due when one side has said nothing for an interval, and not more often than once an interval.
+    fn next_ping(&self) -> Instant {
+        let quiet_since = self.last_received.min(self.last_sent);
+        quiet_since.max(self.last_ping) + self.interval
+    }
+
+    fn tick(&mut self, now: Instant) -> Result<(), LostReason> {
+        let stalled = self
+            .stalled_since
+            .is_some_and(|since| now >= since + self.timeout);
+        if stalled || now >= self.last_received + self.timeout {
+            return Err(LostReason::Silent(self.timeout));
+        }
+        if now >= self.next_ping() {
+            self.last_ping = now;
+            let nonce = self.nonce();
+            self.send(&ClientMessage::Ping { nonce })?;
+            self.cancel_abandoned()?;
+        }
+        Ok(())
+    }
+
+    fn obey(&mut self, command: Command) -> Result<(), LostReason> {
+        match command {
+            Command::Open {
+                stream,
+                frame,
+                events,
+            } => {
+                self.out.extend_from_slice(&frame);
+                self.streams.insert(
+                    stream,
+                    Entry {
+                        events,
+                        cancelled: false,
+                    },
+                );
+                Ok(())
+            }
+            Command::Credit { stream, tokens } if self.streams.contains_key(&stream) => {
+                self.send(&ClientMessage::Credit { stream, tokens })
+            }
+            Command::Credit { .. } => Ok(()),
+            Command::Cancel { stream } => self.cancel(stream),
+            Command::Ping(answer) => {
+                if self.pings.len() >= MAX_CALLS {
+                    return Ok(());
+                }
+                let nonce = self.nonce();
+                self.pings.insert(nonce, answer);
+                self.send(&ClientMessage::Ping { nonce })
+            }
+            Command::Status(answer) => {
+                if self.statuses.len() >= MAX_CALLS {
+                    return Ok(());
+                }
+                self.statuses.push_back(answer);
+                self.send(&ClientMessage::Status {})
+            }
+        }
+    }
+
+    fn take_frames(&mut self) -> Result<(), LostReason> {
+        while let Some(payload) = self.decoder.next_frame().map_err(broken)? {
+            let message = decode_server(&payload).map_err(broken)?;
+            self.take(message)?;
+        }
+        Ok(())
+    }
+
+    fn take(&mut self, message: ServerMessage) -> Result<(), LostReason> {
+        match message {
+            ServerMessage::Accepted { stream, .. } => self.deliver(stream, message, false),
+            ServerMessage::Token(ref event) => self.deliver(event.stream, message, false),
+            ServerMessage::Finished { stream, .. } => self.deliver(stream, message, true),
+            ServerMessage::Error {
+                stream: Some(stream),
+                ..
+            } => self.deliver(stream, message, true),
+            ServerMessage::Error {
+                stream: None,
+                error,
+                ..
+            } => Err(LostReason::Refused(error)),
+            ServerMessage::Pong { nonce } => {
+                if let Some(answer) = self.pings.remove(&nonce) {
+                    let _ = answer.send(());
+                }
+                Ok(())
+            }
+            ServerMessage::Status(status) => {
+                if let Some(answer) = self.statuses.pop_front() {
+                    let _ = answer.send(status);
+                }
+                Ok(())
+            }
+            ServerMessage::Welcome { .. } => {
+                Err(LostReason::Protocol("a second welcome".to_owned()))
+            }
+        }
+    }
+
+    /// Hands an event to its stream; one whose caller has gone is cancelled.
+    fn deliver(
+        &mut self,
+        stream: u32,
+        message: ServerMessage,
+        terminal: bool,
+    ) -> Result<(), LostReason> {
+        let Some(entry) = self.streams.get(&stream) else {
+            return Err(LostReason::Protocol(format!(
+                "event for stream {stream}, which is not open"
+            )));
+        };
+        let sent = entry.events.try_send(message);
+        if terminal {
+            self.streams.remove(&stream);
+        }
+        match sent {
+            Ok(()) => Ok(()),
+            Err(mpsc::error::TrySendError::Closed(_)) if terminal => Ok(()),
+            Err(mpsc::error::TrySendError::Closed(_)) => self.cancel(stream),
+            Err(mpsc::error::TrySendError::Full(_)) => Err(LostReason::Protocol(format!(
+                "more events for stream {stream} than it gave credit for"
+            ))),
+        }
+    }
+
+    fn cancel(&mut self, stream: u32) -> Result<(), LostReason> {
+        match self.streams.get_mut(&stream) {
+            Some(entry) if !entry.cancelled => {
+                entry.cancelled = true;
+                self.send(&ClientMessage::Cancel { stream })
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Cancels streams whose caller went while the command queue was full.
+    fn cancel_abandoned(&mut self) -> Result<(), LostReason> {
+        let abandoned: Vec<u32> = self
+            .streams
+            .iter()
+            .filter(|(_, entry)| entry.events.is_closed())
+            .map(|(&stream, _)| stream)
+            .collect();
+        abandoned
+            .into_iter()
+            .try_for_each(|stream| self.cancel(stream))
+    }
+
+    fn nonce(&mut self) -> u64 {
+        self.next_nonce += 1;
+        self.next_nonce
+    }
+
+    fn send(&mut self, message: &ClientMessage) -> Result<(), LostReason> {
+        encode(message, &mut self.out).map(|_| ()).map_err(broken)
+    }
+
+    /// The last handle is gone: cancels what still runs, and waits for the answers. A socket that is closed with
+    /// received bytes in it is reset, and the reset could overtake the cancel.
+    async fn drain(&mut self, socket: &mut TcpStream) {
+        let drained = async {
+            self.cancel_abandoned()?;
+            socket.write_all_buf(&mut self.out).await?;
+            while !self.streams.is_empty() {
+                if socket.read_buf(self.decoder.buffer_mut()).await? == 0 {
+                    return Err(LostReason::Closed);
+                }
+                self.take_frames()?;
+            }
+            Ok(socket.shutdown().await?)
+        };
+        if let Ok(Err(reason)) = tokio::time::timeout(DRAIN_TIMEOUT, drained).await {
+            debug!(%reason, "connection ended before its streams");
+        }
+    }
+}
+
+fn broken(error: impl std::fmt::Display) -> LostReason {
+    LostReason::Protocol(error.to_string())
+}

@@ -1,0 +1,90 @@
+#!/usr/bin/env bash
+# The first command: sets up, builds, and starts a cluster. Each part does nothing where nothing is left to do.
+set -euo pipefail
+# shellcheck source=scripts/lib.sh
+source "$(dirname -- "${BASH_SOURCE[0]}")/lib.sh"
+
+DEFAULT_CONFIG="$ROOT/config/profiles/local.toml"
+
+usage() {
+    cat <<'EOF'
+Usage: scripts/launch.sh [CONFIG] [--detach] [--no-sample] [--cuda]
+       scripts/launch.sh stop | status | ps | logs NODE [-f]  [CONFIG]
+
+Fetches LibTorch, builds in release mode, starts the cluster of CONFIG (default: config/profiles/local.toml), waits until
+it serves, streams one sample completion, and stays until Ctrl-C, which stops everything. Words may come in any order.
+
+  CONFIG        a cluster's TOML file; nodes that name an ssh destination are started there
+  --detach      return when the cluster serves, and leave it running
+  --no-sample   no sample completion
+  --cuda        the full LibTorch, with CUDA
+
+  stop          stop the cluster
+  status        what its gateways say: nodes, replicas, requests
+  ps            which of its processes run
+  logs NODE     a node's log; -f goes on showing what is added; `logs launcher` for a detached launcher's own
+EOF
+}
+
+config='' verb=up detach='' sample='' node='' setup=() follow=()
+while (($#)); do
+    case "$1" in
+    -h | --help)
+        usage
+        exit 0
+        ;;
+    --detach | -d) detach=--detach ;;
+    --no-sample) sample=--no-sample ;;
+    --cuda) setup+=(--cuda) ;;
+    -f | --follow) follow=(--follow) ;;
+    stop | down) verb=stop ;;
+    status | ps) verb="$1" ;;
+    logs)
+        verb=logs
+        [[ -n "${2:-}" && "$2" != -* ]] || die "logs: which node?" "scripts/launch.sh logs NODE"
+        node="$2"
+        shift
+        ;;
+    -*) die "unknown option '$1'" "scripts/launch.sh --help lists what there is" ;;
+    *)
+        [[ -z "$config" ]] || die "two configurations: '$config' and '$1'" "name one"
+        [[ -f "$1" ]] || die "'$1' is neither a command of this script nor a file" "scripts/launch.sh --help lists what there is"
+        config="$1"
+        ;;
+    esac
+    shift
+done
+case "$verb$detach$sample${follow[*]-}" in
+up | up--detach | up--no-sample | up--detach--no-sample | stop | status | ps | logs | logs--follow) ;;
+*) die "these words do not go together" "scripts/launch.sh --help shows the forms" ;;
+esac
+
+understudy="${CARGO_TARGET_DIR:-$ROOT/target}/release/understudy"
+via="${0}"
+
+if [[ "$verb" != up ]]; then
+    # To stop or look at a cluster nothing is built.
+    [[ -x "$understudy" ]] || die "nothing has been built here yet, so nothing runs" "scripts/launch.sh starts a cluster"
+    config="${config:-$DEFAULT_CONFIG}"
+    case "$verb" in
+    stop) exec "$understudy" down "$config" ;;
+    status) exec "$understudy" status --config "$config" ;;
+    ps) exec "$understudy" ps "$config" ;;
+    logs) exec "$understudy" logs "$node" --config "$config" ${follow[@]+"${follow[@]}"} ;;
+    esac
+fi
+
+"$ROOT/scripts/setup.sh" --quiet ${setup[@]+"${setup[@]}"}
+
+# A build that has nothing to do should not be seen. One that has shows Cargo's progress (on a first run: minutes).
+if [[ ! -x "$understudy" ]]; then
+    step "Building (the first time takes a few minutes)"
+fi
+if [[ -t 2 ]]; then
+    build_binaries
+else
+    # Cargo's progress bar is for terminals; its "Compiling" lines are for logs. "Finished" alone is no news.
+    build_binaries 2>&1 | { grep -v '^ *Finished' || true; } >&2
+fi
+
+exec "$understudy" up ${config:+"$config"} ${detach:+"$detach"} ${sample:+"$sample"} --via "$via"
