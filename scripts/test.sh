@@ -63,9 +63,10 @@ check_shell() {
     else
         warn "SKIPPED: shellcheck (not installed)"
     fi
-    python3 - scripts/libtorch.py <<'EOF'
+    python3 - scripts/*.py <<'EOF'
 import ast, sys
-ast.parse(open(sys.argv[1], encoding="utf-8").read(), sys.argv[1])
+for script in sys.argv[1:]:
+    ast.parse(open(script, encoding="utf-8").read(), script)
 EOF
 }
 

@@ -50,7 +50,11 @@ impl Admissions {
             loaded.insert(model.name.clone(), Arc::new(TextModel::load(&model.path)?));
             context_limits.insert(model.name.clone(), model.context_length);
         }
-        Ok(Self { models: loaded, context_limits, defaults })
+        Ok(Self {
+            models: loaded,
+            context_limits,
+            defaults,
+        })
     }
 
     /// Decides everything about a request.
@@ -72,7 +76,9 @@ impl Admissions {
             );
             return Err(invalid(message));
         }
-        model.check_tokens(&prompt).map_err(|error| invalid(error.to_string()))?;
+        model
+            .check_tokens(&prompt)
+            .map_err(|error| invalid(error.to_string()))?;
         let room = u32::try_from(context - prompt.len()).unwrap_or(u32::MAX);
         let sampling = self.resolve(submit.sampling, model, room)?;
         let wanted = submit.deadline_ms.unwrap_or(self.defaults.deadline_ms);
@@ -100,41 +106,72 @@ impl Admissions {
     }
 
     fn model(&self, wanted: Option<&str>) -> Result<(&str, &Arc<TextModel>), ErrorBody> {
-        let known = || self.models.keys().map(String::as_str).collect::<Vec<_>>().join(", ");
+        let known = || {
+            self.models
+                .keys()
+                .map(String::as_str)
+                .collect::<Vec<_>>()
+                .join(", ")
+        };
         match wanted {
             Some(name) => self
                 .models
                 .get_key_value(name)
                 .map(|(name, model)| (name.as_str(), model))
                 .ok_or_else(|| {
-                    let message = format!("no model {name:?} is deployed; this cluster serves {}", known());
+                    let message = format!(
+                        "no model {name:?} is deployed; this cluster serves {}",
+                        known()
+                    );
                     ErrorBody::new(ErrorCode::UnknownModel, message)
                 }),
             None if self.models.len() == 1 => {
                 let (name, model) = self.models.iter().next().expect("one model");
                 Ok((name, model))
             }
-            None => Err(invalid(format!("name a model: this cluster serves {}", known()))),
+            None => Err(invalid(format!(
+                "name a model: this cluster serves {}",
+                known()
+            ))),
         }
     }
 
     fn context_length(&self, name: &str, model: &TextModel) -> usize {
         let configured = self.context_limits.get(name).copied().flatten();
-        configured.map_or(model.context_length(), |limit| model.context_length().min(limit as usize))
+        configured.map_or(model.context_length(), |limit| {
+            model.context_length().min(limit as usize)
+        })
     }
 
     /// Client's values, else the model's, else the neutral ones; all checked.
-    fn resolve(&self, asked: Sampling, model: &TextModel, room: u32) -> Result<Sampling, ErrorBody> {
+    fn resolve(
+        &self,
+        asked: Sampling,
+        model: &TextModel,
+        room: u32,
+    ) -> Result<Sampling, ErrorBody> {
         let own = model.generation_defaults();
         // transformers ignores the temperature of a model that says do_sample = false.
-        let own_temperature = if own.do_sample == Some(true) { own.temperature.unwrap_or(1.0) } else { 0.0 };
-        let max_tokens = asked.max_tokens.or(own.max_new_tokens).unwrap_or(self.defaults.max_tokens);
+        let own_temperature = if own.do_sample == Some(true) {
+            own.temperature.unwrap_or(1.0)
+        } else {
+            0.0
+        };
+        let max_tokens = asked
+            .max_tokens
+            .or(own.max_new_tokens)
+            .unwrap_or(self.defaults.max_tokens);
         let resolved = Sampling {
             temperature: Some(asked.temperature.unwrap_or(own_temperature)),
             top_p: Some(asked.top_p.or(own.top_p).unwrap_or(1.0)),
             top_k: Some(asked.top_k.or(own.top_k).unwrap_or(0)),
             min_p: Some(asked.min_p.or(own.min_p).unwrap_or(0.0)),
-            repetition_penalty: Some(asked.repetition_penalty.or(own.repetition_penalty).unwrap_or(1.0)),
+            repetition_penalty: Some(
+                asked
+                    .repetition_penalty
+                    .or(own.repetition_penalty)
+                    .unwrap_or(1.0),
+            ),
             presence_penalty: Some(asked.presence_penalty.unwrap_or(0.0)),
             frequency_penalty: Some(asked.frequency_penalty.unwrap_or(0.0)),
             seed: Some(match asked.seed {
@@ -153,7 +190,9 @@ impl Admissions {
 async fn tokenize(model: Arc<TextModel>, input: Input) -> Result<Vec<u32>, ErrorBody> {
     let large = match &input {
         Input::Prompt(text) => text.len() > LARGE_TEXT_BYTES,
-        Input::Messages(messages) => messages.iter().map(|m| m.content.len()).sum::<usize>() > LARGE_TEXT_BYTES,
+        Input::Messages(messages) => {
+            messages.iter().map(|m| m.content.len()).sum::<usize>() > LARGE_TEXT_BYTES
+        }
         Input::TokenIds(_) => false,
     };
     if !large {
@@ -161,7 +200,10 @@ async fn tokenize(model: Arc<TextModel>, input: Input) -> Result<Vec<u32>, Error
     }
     match tokio::task::spawn_blocking(move || encode(&model, input)).await {
         Ok(ids) => ids,
-        Err(_) => Err(ErrorBody::new(ErrorCode::Internal, "the prompt could not be tokenized")),
+        Err(_) => Err(ErrorBody::new(
+            ErrorCode::Internal,
+            "the prompt could not be tokenized",
+        )),
     }
 }
 
@@ -170,8 +212,13 @@ fn encode(model: &TextModel, input: Input) -> Result<Vec<u32>, ErrorBody> {
         Input::TokenIds(ids) => return Ok(ids),
         Input::Prompt(text) => model.encode_prompt(&text),
         Input::Messages(messages) => {
-            let messages: Vec<ChatMessage> =
-                messages.into_iter().map(|m| ChatMessage { role: m.role, content: m.content }).collect();
+            let messages: Vec<ChatMessage> = messages
+                .into_iter()
+                .map(|m| ChatMessage {
+                    role: m.role,
+                    content: m.content,
+                })
+                .collect();
             model.encode_chat(&messages)
         }
     };
@@ -181,7 +228,9 @@ fn encode(model: &TextModel, input: Input) -> Result<Vec<u32>, ErrorBody> {
 fn check_stop_ids(sampling: &Sampling) -> Result<(), ErrorBody> {
     match sampling.stop_token_ids.len() {
         0..=MAX_STOP_IDS => Ok(()),
-        given => Err(invalid(format!("{given} stop_token_ids, and at most {MAX_STOP_IDS} are allowed"))),
+        given => Err(invalid(format!(
+            "{given} stop_token_ids, and at most {MAX_STOP_IDS} are allowed"
+        ))),
     }
 }
 
@@ -189,7 +238,12 @@ fn check_sampling(sampling: &Sampling, asked_max_tokens: u32) -> Result<(), Erro
     within("temperature", sampling.temperature, 0.0, 100.0)?;
     within("top_p", sampling.top_p, f32::MIN_POSITIVE, 1.0)?;
     within("min_p", sampling.min_p, 0.0, 1.0)?;
-    within("repetition_penalty", sampling.repetition_penalty, f32::MIN_POSITIVE, 100.0)?;
+    within(
+        "repetition_penalty",
+        sampling.repetition_penalty,
+        f32::MIN_POSITIVE,
+        100.0,
+    )?;
     within("presence_penalty", sampling.presence_penalty, -2.0, 2.0)?;
     within("frequency_penalty", sampling.frequency_penalty, -2.0, 2.0)?;
     if asked_max_tokens == 0 {
@@ -197,11 +251,15 @@ fn check_sampling(sampling: &Sampling, asked_max_tokens: u32) -> Result<(), Erro
     }
     if sampling.min_tokens > Some(asked_max_tokens) {
         let min = sampling.min_tokens.unwrap_or_default();
-        return Err(invalid(format!("min_tokens {min} is more than max_tokens {asked_max_tokens}")));
+        return Err(invalid(format!(
+            "min_tokens {min} is more than max_tokens {asked_max_tokens}"
+        )));
     }
     if sampling.top_logprobs > MAX_TOP_LOGPROBS {
         let given = sampling.top_logprobs;
-        return Err(invalid(format!("top_logprobs {given}, and at most {MAX_TOP_LOGPROBS} are allowed")));
+        return Err(invalid(format!(
+            "top_logprobs {given}, and at most {MAX_TOP_LOGPROBS} are allowed"
+        )));
     }
     Ok(())
 }
@@ -210,8 +268,14 @@ fn within(name: &str, value: Option<f32>, low: f32, high: f32) -> Result<(), Err
     match value {
         // Also refuses what is not a number.
         Some(value) if !(low..=high).contains(&value) => {
-            let low = if low == f32::MIN_POSITIVE { "above 0".to_owned() } else { format!("from {low}") };
-            Err(invalid(format!("{name} is {value}, and must be {low} up to {high}")))
+            let low = if low == f32::MIN_POSITIVE {
+                "above 0".to_owned()
+            } else {
+                format!("from {low}")
+            };
+            Err(invalid(format!(
+                "{name} is {value}, and must be {low} up to {high}"
+            )))
         }
         _ => Ok(()),
     }
@@ -224,7 +288,11 @@ fn invalid(message: impl Into<String>) -> ErrorBody {
 /// From the system's generator: a request's id is the permission to read it.
 fn random() -> Result<u128, ErrorBody> {
     let mut bytes = [0; 16];
-    getrandom::fill(&mut bytes)
-        .map_err(|error| ErrorBody::new(ErrorCode::Internal, format!("no randomness from the system: {error}")))?;
+    getrandom::fill(&mut bytes).map_err(|error| {
+        ErrorBody::new(
+            ErrorCode::Internal,
+            format!("no randomness from the system: {error}"),
+        )
+    })?;
     Ok(u128::from_ne_bytes(bytes))
 }

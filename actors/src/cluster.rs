@@ -48,10 +48,17 @@ impl Actor for ClusterActor {
     type State = ClusterState;
     type Arguments = ClusterArgs;
 
-    async fn pre_start(&self, me: ActorRef<ClusterMsg>, args: ClusterArgs) -> Result<ClusterState, ActorProcessingErr> {
+    async fn pre_start(
+        &self,
+        me: ActorRef<ClusterMsg>,
+        args: ClusterArgs,
+    ) -> Result<ClusterState, ActorProcessingErr> {
         args.links.set_local(me.clone());
         tokio::spawn(forward(args.events, me));
-        Ok(ClusterState { me: args.links.me().clone(), listeners: args.listeners })
+        Ok(ClusterState {
+            me: args.links.me().clone(),
+            listeners: args.listeners,
+        })
     }
 
     async fn handle(
@@ -77,9 +84,15 @@ impl ClusterState {
             }
             ClusterEvent::Suspect { peer } => {
                 tracing::warn!(%peer, "node is suspect");
-                self.to_router(RouterMsg::Suspect { peer, suspect: true });
+                self.to_router(RouterMsg::Suspect {
+                    peer,
+                    suspect: true,
+                });
             }
-            ClusterEvent::Alive { peer } => self.to_router(RouterMsg::Suspect { peer, suspect: false }),
+            ClusterEvent::Alive { peer } => self.to_router(RouterMsg::Suspect {
+                peer,
+                suspect: false,
+            }),
             ClusterEvent::Down { peer, cause } => {
                 tracing::warn!(%peer, %cause, "node is down");
                 self.to_endpoint(EndpointMsg::PeerDown(peer.clone()));
@@ -87,26 +100,45 @@ impl ClusterState {
             }
             ClusterEvent::Message { from, payload } => match rmp_serde::from_slice(&payload) {
                 Ok(message) => self.deliver(from, message),
-                Err(error) => tracing::error!(peer = %from, %error, "message from a node could not be decoded; do all nodes run one version?"),
+                Err(error) => {
+                    tracing::error!(peer = %from, %error, "message from a node could not be decoded; do all nodes run one version?")
+                }
             },
         }
     }
 
     fn deliver(&self, from: PeerId, message: PeerMessage) {
         match message {
-            PeerMessage::Report(replicas) => self.to_router(RouterMsg::Report { peer: from, replicas }),
+            PeerMessage::Report(replicas) => self.to_router(RouterMsg::Report {
+                peer: from,
+                replicas,
+            }),
             PeerMessage::Dispatch { replica, start } => {
-                self.to_endpoint(EndpointMsg::Dispatch { gateway: from, replica, start });
+                self.to_endpoint(EndpointMsg::Dispatch {
+                    gateway: from,
+                    replica,
+                    start,
+                });
             }
-            PeerMessage::Cancel { replica, attempt } => self.to_endpoint(EndpointMsg::Cancel { replica, attempt }),
+            PeerMessage::Cancel { replica, attempt } => {
+                self.to_endpoint(EndpointMsg::Cancel { replica, attempt })
+            }
             PeerMessage::Tokens(tokens) => {
                 if let Some(hub) = &self.listeners.hub {
                     hub.cast(HubMsg::Tokens(tokens)).ok();
                 }
             }
-            PeerMessage::Lost { attempts, cause } => self.to_router(RouterMsg::Lost { peer: from, attempts, cause }),
+            PeerMessage::Lost { attempts, cause } => self.to_router(RouterMsg::Lost {
+                peer: from,
+                attempts,
+                cause,
+            }),
             PeerMessage::Refused { attempt, refusal } => {
-                self.to_router(RouterMsg::Refused { peer: from, attempt, refusal });
+                self.to_router(RouterMsg::Refused {
+                    peer: from,
+                    attempt,
+                    refusal,
+                });
             }
         }
     }
@@ -129,7 +161,9 @@ impl ClusterState {
 async fn forward(mut events: mpsc::Receiver<ClusterEvent>, actor: ActorRef<ClusterMsg>) {
     let permits = std::sync::Arc::new(tokio::sync::Semaphore::new(MAX_EVENTS_IN_MAILBOX));
     while let Some(event) = events.recv().await {
-        let Ok(permit) = permits.clone().acquire_owned().await else { return };
+        let Ok(permit) = permits.clone().acquire_owned().await else {
+            return;
+        };
         if actor.cast(ClusterMsg::Event(event, permit)).is_err() {
             return;
         }

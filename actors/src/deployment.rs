@@ -54,8 +54,16 @@ impl Actor for DeploymentSupervisor {
         for index in 0..args.replicas.len() {
             me.cast(DeploymentMsg::Start(index))?;
         }
-        let policies = args.replicas.iter().map(|_| RestartPolicy::new(args.restart)).collect();
-        Ok(DeploymentState { args, policies, children: HashMap::new() })
+        let policies = args
+            .replicas
+            .iter()
+            .map(|_| RestartPolicy::new(args.restart))
+            .collect();
+        Ok(DeploymentState {
+            args,
+            policies,
+            children: HashMap::new(),
+        })
     }
 
     async fn handle(
@@ -66,7 +74,10 @@ impl Actor for DeploymentSupervisor {
     ) -> Result<(), ActorProcessingErr> {
         let (number, spec) = state.args.replicas[index].clone();
         let args = ReplicaArgs {
-            id: ReplicaId { model: state.args.model.clone(), index: number },
+            id: ReplicaId {
+                model: state.args.model.clone(),
+                index: number,
+            },
             spec,
             limits: state.args.limits,
             restart: state.args.restart,
@@ -86,10 +97,14 @@ impl Actor for DeploymentSupervisor {
         state: &mut DeploymentState,
     ) -> Result<(), ActorProcessingErr> {
         // Only a fault of our own ends a replica supervisor: its engines' ends are its daily business.
-        let (SupervisionEvent::ActorFailed(cell, _) | SupervisionEvent::ActorTerminated(cell, ..)) = &event else {
+        let (SupervisionEvent::ActorFailed(cell, _) | SupervisionEvent::ActorTerminated(cell, ..)) =
+            &event
+        else {
             return Ok(());
         };
-        let Some(index) = state.children.remove(&cell.get_id()) else { return Ok(()) };
+        let Some(index) = state.children.remove(&cell.get_id()) else {
+            return Ok(());
+        };
         tracing::error!(model = %state.args.model, replica = state.args.replicas[index].0, ?event, "replica supervisor ended");
         let (Decision::RestartAfter(pause) | Decision::GiveUpFor(pause)) =
             state.policies[index].ended(Instant::now(), fastrand::f64());

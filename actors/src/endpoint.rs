@@ -19,9 +19,20 @@ const REPORT_INTERVAL: Duration = Duration::from_millis(200);
 #[derive(Debug)]
 pub enum EndpointMsg {
     /// A replica's state, and its worker if it takes work.
-    Replica { report: Box<ReplicaReport>, worker: Option<ActorRef<WorkerMsg>>, urgent: bool },
-    Dispatch { gateway: PeerId, replica: ReplicaId, start: StartAttempt },
-    Cancel { replica: ReplicaId, attempt: AttemptId },
+    Replica {
+        report: Box<ReplicaReport>,
+        worker: Option<ActorRef<WorkerMsg>>,
+        urgent: bool,
+    },
+    Dispatch {
+        gateway: PeerId,
+        replica: ReplicaId,
+        start: StartAttempt,
+    },
+    Cancel {
+        replica: ReplicaId,
+        attempt: AttemptId,
+    },
     PeerUp(PeerId),
     PeerDown(PeerId),
     Tick,
@@ -45,9 +56,16 @@ impl Actor for Endpoint {
     type State = EndpointState;
     type Arguments = Links;
 
-    async fn pre_start(&self, me: ActorRef<EndpointMsg>, links: Links) -> Result<EndpointState, ActorProcessingErr> {
+    async fn pre_start(
+        &self,
+        me: ActorRef<EndpointMsg>,
+        links: Links,
+    ) -> Result<EndpointState, ActorProcessingErr> {
         me.send_interval(REPORT_INTERVAL, || EndpointMsg::Tick);
-        Ok(EndpointState { links, replicas: BTreeMap::new() })
+        Ok(EndpointState {
+            links,
+            replicas: BTreeMap::new(),
+        })
     }
 
     async fn handle(
@@ -57,13 +75,27 @@ impl Actor for Endpoint {
         state: &mut EndpointState,
     ) -> Result<(), ActorProcessingErr> {
         match message {
-            EndpointMsg::Replica { report, worker, urgent } => {
-                state.replicas.insert(report.replica.clone(), Entry { report: *report, worker });
+            EndpointMsg::Replica {
+                report,
+                worker,
+                urgent,
+            } => {
+                state.replicas.insert(
+                    report.replica.clone(),
+                    Entry {
+                        report: *report,
+                        worker,
+                    },
+                );
                 if urgent {
                     state.links.broadcast(&state.report());
                 }
             }
-            EndpointMsg::Dispatch { gateway, replica, start } => state.dispatch(gateway, &replica, start),
+            EndpointMsg::Dispatch {
+                gateway,
+                replica,
+                start,
+            } => state.dispatch(gateway, &replica, start),
             EndpointMsg::Cancel { replica, attempt } => {
                 if let Some(worker) = state.worker(&replica) {
                     worker.cast(WorkerMsg::Cancel(attempt)).ok();
@@ -93,16 +125,34 @@ impl EndpointState {
 
     fn dispatch(&self, gateway: PeerId, replica: &ReplicaId, start: StartAttempt) {
         let attempt = start.attempt;
-        let taken = self
-            .worker(replica)
-            .is_some_and(|worker| worker.cast(WorkerMsg::Dispatch { gateway: gateway.clone(), start }).is_ok());
+        let taken = self.worker(replica).is_some_and(|worker| {
+            worker
+                .cast(WorkerMsg::Dispatch {
+                    gateway: gateway.clone(),
+                    start,
+                })
+                .is_ok()
+        });
         if !taken {
             // A gateway that cannot hear this is down, and starts over when it is back.
-            self.links.send(&gateway, PeerMessage::Refused { attempt, refusal: Refusal::NotReady }).ok();
+            self.links
+                .send(
+                    &gateway,
+                    PeerMessage::Refused {
+                        attempt,
+                        refusal: Refusal::NotReady,
+                    },
+                )
+                .ok();
         }
     }
 
     fn report(&self) -> PeerMessage {
-        PeerMessage::Report(self.replicas.values().map(|entry| entry.report.clone()).collect())
+        PeerMessage::Report(
+            self.replicas
+                .values()
+                .map(|entry| entry.report.clone())
+                .collect(),
+        )
     }
 }

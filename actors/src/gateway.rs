@@ -52,20 +52,31 @@ impl GatewayShared {
             return Err(ErrorBody::new(ErrorCode::ShuttingDown, message));
         }
         self.places.clone().try_acquire_owned().map_err(|_| {
-            let message = format!("{} requests are in flight at this gateway, which is its limit", self.max_requests);
-            ErrorBody { retry_after_ms: Some(RETRY_AFTER_MS), ..ErrorBody::new(ErrorCode::Overloaded, message) }
+            let message = format!(
+                "{} requests are in flight at this gateway, which is its limit",
+                self.max_requests
+            );
+            ErrorBody {
+                retry_after_ms: Some(RETRY_AFTER_MS),
+                ..ErrorBody::new(ErrorCode::Overloaded, message)
+            }
         })
     }
 
     pub fn in_flight(&self) -> usize {
-        self.max_requests.saturating_sub(self.places.available_permits())
+        self.max_requests
+            .saturating_sub(self.places.available_permits())
     }
 }
 
 /// What a gateway is told.
 #[derive(Debug)]
 pub enum GatewayMsg {
-    Accepted(tokio::net::TcpStream, std::net::SocketAddr, OwnedSemaphorePermit),
+    Accepted(
+        tokio::net::TcpStream,
+        std::net::SocketAddr,
+        OwnedSemaphorePermit,
+    ),
     /// Accept nobody and nothing more; what runs goes on.
     Close,
     /// Tell the clients that the node stops.
@@ -91,9 +102,16 @@ impl Actor for Gateway {
     type State = GatewayState;
     type Arguments = GatewayArgs;
 
-    async fn pre_start(&self, me: ActorRef<GatewayMsg>, args: GatewayArgs) -> Result<GatewayState, ActorProcessingErr> {
+    async fn pre_start(
+        &self,
+        me: ActorRef<GatewayMsg>,
+        args: GatewayArgs,
+    ) -> Result<GatewayState, ActorProcessingErr> {
         let acceptor = tokio::spawn(accept(args.listener, args.max_connections, me));
-        Ok(GatewayState { shared: args.shared, acceptor })
+        Ok(GatewayState {
+            shared: args.shared,
+            acceptor,
+        })
     }
 
     async fn handle(
@@ -104,7 +122,12 @@ impl Actor for Gateway {
     ) -> Result<(), ActorProcessingErr> {
         match message {
             GatewayMsg::Accepted(socket, peer, permit) => {
-                let args = SessionArgs { socket, peer, shared: state.shared.clone(), permit };
+                let args = SessionArgs {
+                    socket,
+                    peer,
+                    shared: state.shared.clone(),
+                    permit,
+                };
                 if let Err(error) = Actor::spawn_linked(None, Session, args, me.get_cell()).await {
                     tracing::debug!(client = %peer, %error, "session could not be started");
                 }
@@ -135,7 +158,11 @@ impl Actor for Gateway {
         Ok(())
     }
 
-    async fn post_stop(&self, me: ActorRef<GatewayMsg>, state: &mut GatewayState) -> Result<(), ActorProcessingErr> {
+    async fn post_stop(
+        &self,
+        me: ActorRef<GatewayMsg>,
+        state: &mut GatewayState,
+    ) -> Result<(), ActorProcessingErr> {
         state.acceptor.abort();
         me.stop_children_and_wait(None, None).await;
         Ok(())
@@ -146,11 +173,16 @@ impl Actor for Gateway {
 async fn accept(listener: TcpListener, max_connections: usize, gateway: ActorRef<GatewayMsg>) {
     let places = Arc::new(Semaphore::new(max_connections));
     loop {
-        let Ok(permit) = places.clone().acquire_owned().await else { return };
+        let Ok(permit) = places.clone().acquire_owned().await else {
+            return;
+        };
         match listener.accept().await {
             Ok((socket, peer)) => {
                 record::connections(max_connections - places.available_permits());
-                if gateway.cast(GatewayMsg::Accepted(socket, peer, permit)).is_err() {
+                if gateway
+                    .cast(GatewayMsg::Accepted(socket, peer, permit))
+                    .is_err()
+                {
                     return;
                 }
             }

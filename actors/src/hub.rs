@@ -12,14 +12,23 @@ use crate::request::RequestMsg;
 /// What the hub is told.
 #[derive(Debug)]
 pub enum HubMsg {
-    Register { request: RequestId, actor: ActorRef<RequestMsg> },
-    Unregister { request: RequestId, actor: ActorRef<RequestMsg> },
+    Register {
+        request: RequestId,
+        actor: ActorRef<RequestMsg>,
+    },
+    Unregister {
+        request: RequestId,
+        actor: ActorRef<RequestMsg>,
+    },
     Tokens(Vec<StepToken>),
     /// How many requests there are.
     Count(RpcReplyPort<usize>),
     /// The node stops: every request is told.
     Shutdown,
-    Lookup { request: RequestId, reply: RpcReplyPort<Option<ActorRef<RequestMsg>>> },
+    Lookup {
+        request: RequestId,
+        reply: RpcReplyPort<Option<ActorRef<RequestMsg>>>,
+    },
 }
 local_message!(HubMsg);
 
@@ -30,7 +39,11 @@ impl Actor for Hub {
     type State = HashMap<RequestId, ActorRef<RequestMsg>>;
     type Arguments = ();
 
-    async fn pre_start(&self, _me: ActorRef<HubMsg>, (): ()) -> Result<Self::State, ActorProcessingErr> {
+    async fn pre_start(
+        &self,
+        _me: ActorRef<HubMsg>,
+        (): (),
+    ) -> Result<Self::State, ActorProcessingErr> {
         Ok(HashMap::new())
     }
 
@@ -46,7 +59,10 @@ impl Actor for Hub {
             }
             HubMsg::Unregister { request, actor } => {
                 // A finished request may have been brought back by another actor in the meantime.
-                if requests.get(&request).is_some_and(|known| known.get_id() == actor.get_id()) {
+                if requests
+                    .get(&request)
+                    .is_some_and(|known| known.get_id() == actor.get_id())
+                {
                     requests.remove(&request);
                 }
             }

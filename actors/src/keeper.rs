@@ -11,7 +11,10 @@ use understudy_protocol::RequestId;
 #[derive(Debug)]
 pub enum KeeperMsg {
     Keep(Box<FinishedRequest>),
-    Get { request: RequestId, reply: RpcReplyPort<Option<Arc<FinishedRequest>>> },
+    Get {
+        request: RequestId,
+        reply: RpcReplyPort<Option<Arc<FinishedRequest>>>,
+    },
     /// Number of logs and their bytes.
     Size(RpcReplyPort<(usize, usize)>),
 }
@@ -24,7 +27,11 @@ impl Actor for Keeper {
     type State = FinishedStore;
     type Arguments = Retention;
 
-    async fn pre_start(&self, _me: ActorRef<KeeperMsg>, retention: Retention) -> Result<FinishedStore, ActorProcessingErr> {
+    async fn pre_start(
+        &self,
+        _me: ActorRef<KeeperMsg>,
+        retention: Retention,
+    ) -> Result<FinishedStore, ActorProcessingErr> {
         Ok(FinishedStore::new(retention))
     }
 

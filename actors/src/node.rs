@@ -79,11 +79,29 @@ impl Actor for NodeSupervisor {
     type State = NodeState;
     type Arguments = NodeArgs;
 
-    async fn pre_start(&self, me: ActorRef<NodeMsg>, args: NodeArgs) -> Result<NodeState, ActorProcessingErr> {
-        let NodeArgs { config, node, version, engine, cluster, events, gateway } = args;
+    async fn pre_start(
+        &self,
+        me: ActorRef<NodeMsg>,
+        args: NodeArgs,
+    ) -> Result<NodeState, ActorProcessingErr> {
+        let NodeArgs {
+            config,
+            node,
+            version,
+            engine,
+            cluster,
+            events,
+            gateway,
+        } = args;
         let links = Links::new(cluster);
-        let placed: Vec<Placement> = config.placement().into_iter().filter(|place| place.node == node).collect();
-        let is_host = config.node(&node).is_some_and(|settings| settings.has_role(Role::Host));
+        let placed: Vec<Placement> = config
+            .placement()
+            .into_iter()
+            .filter(|place| place.node == node)
+            .collect();
+        let is_host = config
+            .node(&node)
+            .is_some_and(|settings| settings.has_role(Role::Host));
         let endpoint = match is_host {
             true => Some(spawn(&me, Endpoint, links.clone()).await?),
             false => None,
@@ -94,18 +112,35 @@ impl Actor for NodeSupervisor {
         };
         let listeners = Listeners {
             endpoint: endpoint.clone(),
-            router: front.as_ref().map(|front| front.surroundings.router.clone()),
+            router: front
+                .as_ref()
+                .map(|front| front.surroundings.router.clone()),
             hub: front.as_ref().map(|front| front.surroundings.hub.clone()),
         };
-        spawn(&me, ClusterActor, ClusterArgs { links: links.clone(), listeners, events }).await?;
+        spawn(
+            &me,
+            ClusterActor,
+            ClusterArgs {
+                links: links.clone(),
+                listeners,
+                events,
+            },
+        )
+        .await?;
         if let Some(endpoint) = endpoint {
             for deployment in deployments(&config, placed, &engine, &links, &endpoint) {
                 spawn(&me, DeploymentSupervisor, deployment).await?;
             }
         }
         let grace = Duration::from_millis(config.gateway.shutdown_grace_ms);
-        let (gateway, hub) = front.map(|front| (front.gateway, front.surroundings.hub)).unzip();
-        Ok(NodeState { grace, gateway, hub })
+        let (gateway, hub) = front
+            .map(|front| (front.gateway, front.surroundings.hub))
+            .unzip();
+        Ok(NodeState {
+            grace,
+            gateway,
+            hub,
+        })
     }
 
     async fn handle(
@@ -145,7 +180,11 @@ impl Actor for NodeSupervisor {
         }
     }
 
-    async fn post_stop(&self, me: ActorRef<NodeMsg>, _state: &mut NodeState) -> Result<(), ActorProcessingErr> {
+    async fn post_stop(
+        &self,
+        me: ActorRef<NodeMsg>,
+        _state: &mut NodeState,
+    ) -> Result<(), ActorProcessingErr> {
         me.stop_children_and_wait(None, None).await;
         Ok(())
     }
@@ -183,7 +222,9 @@ impl Front {
             router: spawn(me, Router, router).await?,
             hub: spawn(me, Hub, ()).await?,
             keeper: spawn(me, Keeper, retention).await?,
-            settings: Settings { max_attempts: config.recovery.max_attempts },
+            settings: Settings {
+                max_attempts: config.recovery.max_attempts,
+            },
             metrics: MetricsCache::default(),
             max_credit: settings.max_credit,
             resume_grace: Duration::from_millis(settings.resume_grace_ms),
@@ -212,12 +253,21 @@ impl Front {
             shared: Arc::new(shared),
         };
         let gateway = spawn(me, Gateway, args).await?;
-        Ok(Self { gateway, surroundings })
+        Ok(Self {
+            gateway,
+            surroundings,
+        })
     }
 }
 
-async fn spawn<A: Actor>(me: &ActorRef<NodeMsg>, actor: A, args: A::Arguments) -> Result<ActorRef<A::Msg>, SpawnErr> {
-    Actor::spawn_linked(None, actor, args, me.get_cell()).await.map(|(actor, _)| actor)
+async fn spawn<A: Actor>(
+    me: &ActorRef<NodeMsg>,
+    actor: A,
+    args: A::Arguments,
+) -> Result<ActorRef<A::Msg>, SpawnErr> {
+    Actor::spawn_linked(None, actor, args, me.get_cell())
+        .await
+        .map(|(actor, _)| actor)
 }
 
 async fn wait_until_empty(hub: &ActorRef<HubMsg>, limit: Duration) {
@@ -235,7 +285,11 @@ fn identity(config: &ClusterConfig, version: &str) -> Identity {
     Identity {
         cluster: config.cluster.name.clone(),
         version: version.to_owned(),
-        roles_of: config.nodes.iter().map(|node| (node.name.clone(), roles(&node.roles))).collect(),
+        roles_of: config
+            .nodes
+            .iter()
+            .map(|node| (node.name.clone(), roles(&node.roles)))
+            .collect(),
     }
 }
 
@@ -265,7 +319,10 @@ fn deployments(
         reset_after: Duration::from_millis(config.restart.reset_after_ms),
         cooldown: Duration::from_millis(config.restart.cooldown_ms),
     };
-    let models = config.models.iter().filter_map(|model| Some((model, by_model.remove(&model.name)?)));
+    let models = config
+        .models
+        .iter()
+        .filter_map(|model| Some((model, by_model.remove(&model.name)?)));
     models
         .map(|(model, places)| DeploymentArgs {
             model: Arc::from(model.name.as_str()),

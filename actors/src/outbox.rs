@@ -35,7 +35,14 @@ pub struct Outbox {
 impl Outbox {
     pub fn new(rules: SharedRules) -> (Self, mpsc::UnboundedReceiver<Outgoing>) {
         let (queue, receiver) = mpsc::unbounded_channel();
-        (Self { queue, answers: Arc::new(Semaphore::new(MAX_ANSWERS)), rules }, receiver)
+        (
+            Self {
+                queue,
+                answers: Arc::new(Semaphore::new(MAX_ANSWERS)),
+                rules,
+            },
+            receiver,
+        )
     }
 
     /// For events that the client's credit, or a stream's end, already pays for. Returns whether the connection lives.
@@ -51,8 +58,16 @@ impl Outbox {
 
     fn put(&self, message: ServerMessage, permit: Option<OwnedSemaphorePermit>) -> bool {
         // The number of a stream is free again before the client can know that it is, and use it.
-        if let ServerMessage::Finished { stream, .. } | ServerMessage::Error { stream: Some(stream), .. } = message {
-            self.rules.lock().unwrap_or_else(PoisonError::into_inner).ended(stream);
+        if let ServerMessage::Finished { stream, .. }
+        | ServerMessage::Error {
+            stream: Some(stream),
+            ..
+        } = message
+        {
+            self.rules
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .ended(stream);
         }
         self.queue.send(Outgoing { message, permit }).is_ok()
     }

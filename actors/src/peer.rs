@@ -121,15 +121,27 @@ pub enum PeerMessage {
     /// Host → gateways: all replicas of this host; replaces the report before.
     Report(Vec<ReplicaReport>),
     /// Gateway → host.
-    Dispatch { replica: ReplicaId, start: StartAttempt },
+    Dispatch {
+        replica: ReplicaId,
+        start: StartAttempt,
+    },
     /// Gateway → host: unknown attempts are ignored.
-    Cancel { replica: ReplicaId, attempt: AttemptId },
+    Cancel {
+        replica: ReplicaId,
+        attempt: AttemptId,
+    },
     /// Host → gateway: the tokens of one step that belong to this gateway.
     Tokens(Vec<StepToken>),
     /// Host → gateway: these attempts are over.
-    Lost { attempts: Vec<AttemptId>, cause: LossCause },
+    Lost {
+        attempts: Vec<AttemptId>,
+        cause: LossCause,
+    },
     /// Host → gateway: this attempt was not, or no longer can be, served there.
-    Refused { attempt: AttemptId, refusal: Refusal },
+    Refused {
+        attempt: AttemptId,
+        refusal: Refusal,
+    },
 }
 
 /// The way to every node, this one included. Cheap to clone.
@@ -142,7 +154,11 @@ pub struct Links {
 
 impl Links {
     pub fn new(remote: Arc<Cluster>) -> Self {
-        Self { me: remote.me().clone(), remote, local: Arc::new(OnceLock::new()) }
+        Self {
+            me: remote.me().clone(),
+            remote,
+            local: Arc::new(OnceLock::new()),
+        }
     }
 
     /// Names the actor that takes this node's messages to itself. Called once, at start-up.
@@ -165,10 +181,14 @@ impl Links {
     /// hears of the peer's end (and everything bound to it is replayed), or has to treat the peer as lost.
     pub fn send(&self, to: &PeerId, message: PeerMessage) -> Result<(), SendError> {
         if *to == self.me {
-            let local = self.local.get().and_then(|local| local.cast(ClusterMsg::Local(message)).ok());
+            let local = self
+                .local
+                .get()
+                .and_then(|local| local.cast(ClusterMsg::Local(message)).ok());
             return local.ok_or_else(|| SendError::NotConnected(to.clone()));
         }
-        let payload = rmp_serde::to_vec_named(&message).expect("peer messages have no unserializable parts");
+        let payload =
+            rmp_serde::to_vec_named(&message).expect("peer messages have no unserializable parts");
         self.remote.send(to, Bytes::from(payload))
     }
 

@@ -23,12 +23,18 @@ const MAX_SHOWN_ERROR_CHARS: usize = 300;
 #[derive(Debug)]
 pub enum ReplicaMsg {
     Start,
-    EngineStarted { pid: u32 },
+    EngineStarted {
+        pid: u32,
+    },
     EngineReady(Box<EngineInfo>),
     Health(EngineHealth),
     InFlight(u32),
     /// The worker is about to end. Answered once the news is published.
-    WorkerEnding { cause: LossCause, detail: String, done: RpcReplyPort<()> },
+    WorkerEnding {
+        cause: LossCause,
+        detail: String,
+        done: RpcReplyPort<()>,
+    },
 }
 local_message!(ReplicaMsg);
 
@@ -112,7 +118,11 @@ impl Actor for ReplicaSupervisor {
                 state.in_flight = in_flight;
                 state.publish_later();
             }
-            ReplicaMsg::WorkerEnding { cause, detail, done } => {
+            ReplicaMsg::WorkerEnding {
+                cause,
+                detail,
+                done,
+            } => {
                 state.cause = Some(cause);
                 state.last_error = Some(detail.chars().take(MAX_SHOWN_ERROR_CHARS).collect());
                 state.clear(ReplicaState::Backoff);
@@ -130,7 +140,13 @@ impl Actor for ReplicaSupervisor {
     ) -> Result<(), ActorProcessingErr> {
         match event {
             SupervisionEvent::ActorFailed(_, error) => {
-                state.last_error.get_or_insert_with(|| error.to_string().chars().take(MAX_SHOWN_ERROR_CHARS).collect());
+                state.last_error.get_or_insert_with(|| {
+                    error
+                        .to_string()
+                        .chars()
+                        .take(MAX_SHOWN_ERROR_CHARS)
+                        .collect()
+                });
                 state.worker_ended(&me);
             }
             SupervisionEvent::ActorTerminated(..) => state.worker_ended(&me),
@@ -202,9 +218,14 @@ impl ReplicaSupervisorState {
         if prompt + generated > 0 {
             self.metrics.step(prompt, generated);
         }
-        let capacity = self.info.as_ref().map_or(0, |info| info.kv_capacity_tokens).max(1);
+        let capacity = self
+            .info
+            .as_ref()
+            .map_or(0, |info| info.kv_capacity_tokens)
+            .max(1);
         let usage = health.kv_used_tokens as f64 / capacity as f64;
-        self.metrics.load(health.running as usize, health.waiting as usize, usage);
+        self.metrics
+            .load(health.running as usize, health.waiting as usize, usage);
         self.health = health;
         self.publish_later();
     }
@@ -221,24 +242,36 @@ impl ReplicaSupervisorState {
 
     /// At once: gateways must know before they act.
     fn publish(&self) {
-        let message = EndpointMsg::Replica { report: Box::new(self.report()), worker: self.worker(), urgent: true };
+        let message = EndpointMsg::Replica {
+            report: Box::new(self.report()),
+            worker: self.worker(),
+            urgent: true,
+        };
         self.args.endpoint.cast(message).ok();
     }
 
     /// With the next regular report.
     fn publish_later(&self) {
-        let message = EndpointMsg::Replica { report: Box::new(self.report()), worker: self.worker(), urgent: false };
+        let message = EndpointMsg::Replica {
+            report: Box::new(self.report()),
+            worker: self.worker(),
+            urgent: false,
+        };
         self.args.endpoint.cast(message).ok();
     }
 
     fn worker(&self) -> Option<ActorRef<WorkerMsg>> {
-        self.worker.clone().filter(|_| self.state == ReplicaState::Ready)
+        self.worker
+            .clone()
+            .filter(|_| self.state == ReplicaState::Ready)
     }
 
     fn report(&self) -> ReplicaReport {
         let spec = &self.args.spec;
         let info = self.info.as_deref();
-        let fingerprint = info.map(|info| info.fingerprint.clone()).unwrap_or_default();
+        let fingerprint = info
+            .map(|info| info.fingerprint.clone())
+            .unwrap_or_default();
         ReplicaReport {
             replica: self.args.id.clone(),
             state: self.state,

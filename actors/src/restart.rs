@@ -38,7 +38,12 @@ pub struct RestartPolicy {
 
 impl RestartPolicy {
     pub fn new(settings: RestartSettings) -> Self {
-        Self { settings, recent: VecDeque::new(), streak: 0, started_at: None }
+        Self {
+            settings,
+            recent: VecDeque::new(),
+            streak: 0,
+            started_at: None,
+        }
     }
 
     /// The child works (for an engine: its weights are loaded).
@@ -49,12 +54,18 @@ impl RestartPolicy {
     /// The child ended. `chance` is uniform in [0, 1) and spreads the backoff over its upper half, so that children
     /// that ended together do not start together.
     pub fn ended(&mut self, now: Instant, chance: f64) -> Decision {
-        let ran_well =
-            self.started_at.take().is_some_and(|at| now.saturating_duration_since(at) >= self.settings.reset_after);
+        let ran_well = self
+            .started_at
+            .take()
+            .is_some_and(|at| now.saturating_duration_since(at) >= self.settings.reset_after);
         if ran_well {
             self.streak = 0;
         }
-        while self.recent.front().is_some_and(|at| now.saturating_duration_since(*at) >= self.settings.period) {
+        while self
+            .recent
+            .front()
+            .is_some_and(|at| now.saturating_duration_since(*at) >= self.settings.period)
+        {
             self.recent.pop_front();
         }
         if self.recent.len() >= self.settings.intensity as usize {
@@ -62,7 +73,10 @@ impl RestartPolicy {
             return Decision::GiveUpFor(self.settings.cooldown);
         }
         self.recent.push_back(now);
-        let doubled = self.settings.backoff_initial.saturating_mul(1 << self.streak.min(20));
+        let doubled = self
+            .settings
+            .backoff_initial
+            .saturating_mul(1 << self.streak.min(20));
         self.streak += 1;
         let ceiling = doubled.min(self.settings.backoff_max);
         Decision::RestartAfter(ceiling.mul_f64(0.5 + chance / 2.0))
@@ -105,7 +119,9 @@ mod tests {
             Decision::GiveUpFor(_) => panic!("first end"),
         };
         assert_eq!(wait(0.0), Duration::from_millis(50));
-        assert!(wait(0.999) > Duration::from_millis(99) && wait(0.999) < Duration::from_millis(100));
+        assert!(
+            wait(0.999) > Duration::from_millis(99) && wait(0.999) < Duration::from_millis(100)
+        );
     }
 
     #[test]
@@ -117,6 +133,9 @@ mod tests {
         }
         let later = start + SETTINGS.period;
         policy.running(later - SETTINGS.reset_after);
-        assert_eq!(policy.ended(later, 0.0), Decision::RestartAfter(Duration::from_millis(50)));
+        assert_eq!(
+            policy.ended(later, 0.0),
+            Decision::RestartAfter(Duration::from_millis(50))
+        );
     }
 }

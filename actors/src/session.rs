@@ -46,7 +46,10 @@ pub enum SessionMsg {
     /// Reader or writer ended.
     Closed,
     /// The terminal event of a stream is on its way.
-    StreamEnded { stream: u32, request: RequestId },
+    StreamEnded {
+        stream: u32,
+        request: RequestId,
+    },
     /// The node stops.
     Shutdown,
 }
@@ -75,17 +78,32 @@ impl Actor for Session {
     type State = SessionState;
     type Arguments = SessionArgs;
 
-    async fn pre_start(&self, me: ActorRef<SessionMsg>, args: SessionArgs) -> Result<SessionState, ActorProcessingErr> {
+    async fn pre_start(
+        &self,
+        me: ActorRef<SessionMsg>,
+        args: SessionArgs,
+    ) -> Result<SessionState, ActorProcessingErr> {
         args.socket.set_nodelay(true)?;
         let (read, write) = args.socket.into_split();
         let rules = ConnectionRules::new(args.shared.tokens.clone(), &args.shared.limits);
         let rules: SharedRules = Arc::new(Mutex::new(rules));
         let (outbox, queue) = Outbox::new(rules.clone());
-        let inbound = Inbound { me: me.clone(), shared: args.shared.clone(), outbox: outbox.clone(), rules };
+        let inbound = Inbound {
+            me: me.clone(),
+            shared: args.shared.clone(),
+            outbox: outbox.clone(),
+            rules,
+        };
         let reader = tokio::spawn(inbound.run(read));
         tokio::spawn(write_all(write, queue, args.shared.write_timeout, me));
         tracing::debug!(client = %args.peer, "client connected");
-        Ok(SessionState { shared: args.shared, outbox, streams: HashMap::new(), reader, _permit: args.permit })
+        Ok(SessionState {
+            shared: args.shared,
+            outbox,
+            streams: HashMap::new(),
+            reader,
+            _permit: args.permit,
+        })
     }
 
     async fn handle(
@@ -98,21 +116,41 @@ impl Actor for Session {
             SessionMsg::Inbound(message, _permit) => state.inbound(&me, message).await,
             SessionMsg::Closed => me.stop(None),
             SessionMsg::StreamEnded { stream, request } => {
-                if state.streams.get(&stream).is_some_and(|(known, _)| *known == request) {
+                if state
+                    .streams
+                    .get(&stream)
+                    .is_some_and(|(known, _)| *known == request)
+                {
                     state.streams.remove(&stream);
                 }
             }
             SessionMsg::Shutdown => {
-                let error = ErrorBody::new(ErrorCode::ShuttingDown, "the gateway is stopping: connect to another one");
-                state.outbox.send(ServerMessage::Error { stream: None, request: None, error });
+                let error = ErrorBody::new(
+                    ErrorCode::ShuttingDown,
+                    "the gateway is stopping: connect to another one",
+                );
+                state.outbox.send(ServerMessage::Error {
+                    stream: None,
+                    request: None,
+                    error,
+                });
             }
         }
         Ok(())
     }
 
-    async fn post_stop(&self, me: ActorRef<SessionMsg>, state: &mut SessionState) -> Result<(), ActorProcessingErr> {
+    async fn post_stop(
+        &self,
+        me: ActorRef<SessionMsg>,
+        state: &mut SessionState,
+    ) -> Result<(), ActorProcessingErr> {
         for (stream, (_, request)) in state.streams.drain() {
-            request.cast(RequestMsg::Detach { session: me.clone(), stream }).ok();
+            request
+                .cast(RequestMsg::Detach {
+                    session: me.clone(),
+                    stream,
+                })
+                .ok();
         }
         Ok(())
     }
@@ -133,14 +171,26 @@ impl SessionState {
                     self.refuse(stream, None, error).await;
                 }
             }
-            ClientMessage::Resume { stream, request, next_position, credit } => {
-                if let Err(error) = self.resume(me, stream, request, next_position, credit).await {
+            ClientMessage::Resume {
+                stream,
+                request,
+                next_position,
+                credit,
+            } => {
+                if let Err(error) = self
+                    .resume(me, stream, request, next_position, credit)
+                    .await
+                {
                     self.refuse(stream, Some(request), error).await;
                 }
             }
             ClientMessage::Cancel { stream } => self.tell(stream, || RequestMsg::Cancel),
             ClientMessage::Credit { stream, tokens } => {
-                self.tell(stream, || RequestMsg::Credit { session: me.clone(), stream, tokens });
+                self.tell(stream, || RequestMsg::Credit {
+                    session: me.clone(),
+                    stream,
+                    tokens,
+                });
             }
             ClientMessage::Ping { nonce } => {
                 self.outbox.answer(ServerMessage::Pong { nonce }).await;
@@ -162,10 +212,19 @@ impl SessionState {
         let (stream, credit) = (submit.stream, submit.credit);
         let (admission, text) = self.shared.admission.admit(submit).await?;
         let id = admission.request;
-        let audience =
-            Audience { outbox: self.outbox.clone(), session: me.clone(), request: id, stream, next: 0, credit };
+        let audience = Audience {
+            outbox: self.outbox.clone(),
+            session: me.clone(),
+            request: id,
+            stream,
+            next: 0,
+            credit,
+        };
         let args = RequestArgs {
-            origin: Origin::New { admission: Box::new(admission), place },
+            origin: Origin::New {
+                admission: Box::new(admission),
+                place,
+            },
             text,
             audience: Some(audience),
             surroundings: self.shared.surroundings.clone(),
@@ -188,11 +247,20 @@ impl SessionState {
                 Some(request) => request,
                 None => self.bring_back(id).await?,
             };
-            let audience =
-                Audience { outbox: self.outbox.clone(), session: me.clone(), request: id, stream, next, credit };
+            let audience = Audience {
+                outbox: self.outbox.clone(),
+                session: me.clone(),
+                request: id,
+                stream,
+                next,
+                credit,
+            };
             // Known before it is attached, so that the end of a short stream finds it.
             self.streams.insert(stream, (id, request.clone()));
-            let attach = |reply| RequestMsg::Attach { audience: Box::new(audience), reply };
+            let attach = |reply| RequestMsg::Attach {
+                audience: Box::new(audience),
+                reply,
+            };
             match request.call(attach, Some(ASK_DEADLINE)).await {
                 Ok(ractor::rpc::CallResult::Success(answer)) => {
                     if answer.is_err() {
@@ -209,14 +277,24 @@ impl SessionState {
 
     /// The actor of a request that is in flight, or is being read again.
     async fn find(&self, request: RequestId) -> Result<Option<ActorRef<RequestMsg>>, ErrorBody> {
-        ask(&self.shared.surroundings.hub, |reply| HubMsg::Lookup { request, reply }).await
+        ask(&self.shared.surroundings.hub, |reply| HubMsg::Lookup {
+            request,
+            reply,
+        })
+        .await
     }
 
     /// An actor for a request whose log is closed.
     async fn bring_back(&self, id: RequestId) -> Result<ActorRef<RequestMsg>, ErrorBody> {
-        let kept = ask(&self.shared.surroundings.keeper, |reply| KeeperMsg::Get { request: id, reply }).await?;
+        let kept = ask(&self.shared.surroundings.keeper, |reply| KeeperMsg::Get {
+            request: id,
+            reply,
+        })
+        .await?;
         let Some(finished) = kept else {
-            let message = format!("request {id} is not known at this gateway: it never was, or it ended too long ago");
+            let message = format!(
+                "request {id} is not known at this gateway: it never was, or it ended too long ago"
+            );
             return Err(ErrorBody::new(ErrorCode::UnknownRequest, message));
         };
         let args = RequestArgs {
@@ -242,14 +320,24 @@ impl SessionState {
     async fn status(&self) {
         let message = match self.shared.status().await {
             Ok(status) => ServerMessage::Status(status),
-            Err(error) => ServerMessage::Error { stream: None, request: None, error },
+            Err(error) => ServerMessage::Error {
+                stream: None,
+                request: None,
+                error,
+            },
         };
         self.outbox.answer(message).await;
     }
 
     async fn refuse(&self, stream: u32, request: Option<RequestId>, error: ErrorBody) {
         record::request_error(error.code.as_str());
-        self.outbox.answer(ServerMessage::Error { stream: Some(stream), request, error }).await;
+        self.outbox
+            .answer(ServerMessage::Error {
+                stream: Some(stream),
+                request,
+                error,
+            })
+            .await;
     }
 }
 
@@ -279,7 +367,10 @@ async fn ask<M: ractor::Message, T: Send + 'static>(
 }
 
 fn internal(what: &str) -> ErrorBody {
-    ErrorBody::new(ErrorCode::Internal, format!("{what}; try again, and see the node's log if it stays so"))
+    ErrorBody::new(
+        ErrorCode::Internal,
+        format!("{what}; try again, and see the node's log if it stays so"),
+    )
 }
 
 /// The reading side of a connection.
@@ -295,7 +386,13 @@ impl Inbound {
         if let Err(error) = self.read(socket).await {
             record::protocol_error(error.code.as_str());
             tracing::debug!(code = error.code.as_str(), %error, "closing a client connection");
-            self.outbox.answer(ServerMessage::Error { stream: None, request: None, error }).await;
+            self.outbox
+                .answer(ServerMessage::Error {
+                    stream: None,
+                    request: None,
+                    error,
+                })
+                .await;
         }
         self.me.cast(SessionMsg::Closed).ok();
     }
@@ -305,35 +402,68 @@ impl Inbound {
         let permits = Arc::new(Semaphore::new(MAX_INBOUND));
         let mut decoder = FrameDecoder::new(self.shared.limits.max_frame_bytes as usize);
         loop {
-            while let Some(frame) = decoder.next_frame().map_err(|e| ErrorBody::new(e.code(), e.to_string()))? {
+            while let Some(frame) = decoder
+                .next_frame()
+                .map_err(|e| ErrorBody::new(e.code(), e.to_string()))?
+            {
                 let message = codec::decode_client(&frame)?;
-                let step = self.rules.lock().unwrap_or_else(PoisonError::into_inner).receive(&message);
+                let step = self
+                    .rules
+                    .lock()
+                    .unwrap_or_else(PoisonError::into_inner)
+                    .receive(&message);
                 match step {
                     Step::Welcome { version } => {
                         let (node, server) = (self.shared.node.clone(), self.shared.server.clone());
                         let limits = self.shared.limits;
-                        self.outbox.answer(ServerMessage::Welcome { version, node, server, limits }).await;
+                        self.outbox
+                            .answer(ServerMessage::Welcome {
+                                version,
+                                node,
+                                server,
+                                limits,
+                            })
+                            .await;
                     }
                     Step::Deliver => {
-                        let Ok(permit) = permits.clone().acquire_owned().await else { return Ok(()) };
+                        let Ok(permit) = permits.clone().acquire_owned().await else {
+                            return Ok(());
+                        };
                         if self.me.cast(SessionMsg::Inbound(message, permit)).is_err() {
                             return Ok(());
                         }
                     }
                     Step::Ignore => {}
                     Step::Refuse { stream, error } => {
-                        self.outbox.answer(ServerMessage::Error { stream: Some(stream), request: None, error }).await;
+                        self.outbox
+                            .answer(ServerMessage::Error {
+                                stream: Some(stream),
+                                request: None,
+                                error,
+                            })
+                            .await;
                     }
                     Step::Close(error) => return Err(error),
                 }
             }
-            let greeted = self.rules.lock().unwrap_or_else(PoisonError::into_inner).is_greeted();
-            let limit = if greeted { self.shared.idle_timeout } else { self.shared.handshake_timeout };
+            let greeted = self
+                .rules
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .is_greeted();
+            let limit = if greeted {
+                self.shared.idle_timeout
+            } else {
+                self.shared.handshake_timeout
+            };
             match timeout(limit, socket.read_buf(decoder.buffer_mut())).await {
                 Ok(Ok(0) | Err(_)) => return Ok(()),
                 Ok(Ok(_)) => {}
                 Err(_) => {
-                    let message = format!("nothing was received for {} ms; send pings", limit.as_millis());
+                    let message = format!(
+                        "nothing was received for {} ms; send pings",
+                        limit.as_millis()
+                    );
                     return Err(ErrorBody::new(ErrorCode::Timeout, message));
                 }
             }
@@ -361,7 +491,11 @@ async fn write_all(
                 return;
             }
             drop(permit);
-            next = if bytes.len() < WRITE_BATCH_BYTES { queue.try_recv().ok() } else { None };
+            next = if bytes.len() < WRITE_BATCH_BYTES {
+                queue.try_recv().ok()
+            } else {
+                None
+            };
         }
         match timeout(limit, socket.write_all(&bytes)).await {
             Ok(Ok(())) => {}

@@ -9,9 +9,13 @@
 
 use std::time::{Duration, Instant};
 
-use understudy_engine_core::frame::{self, AttemptError, AttemptId, SamplingParams, StartAttempt, StepToken};
+use understudy_engine_core::frame::{
+    self, AttemptError, AttemptId, SamplingParams, StartAttempt, StepToken,
+};
 use understudy_journal::{Admission, AppendError, Entry, FinishedRequest, Outcome, TokenLog};
-use understudy_protocol::message::{FinishReason, Sampling, ServerMessage, TokenEvent, TopLogprob, Usage};
+use understudy_protocol::message::{
+    FinishReason, Sampling, ServerMessage, TokenEvent, TopLogprob, Usage,
+};
 use understudy_protocol::{ErrorBody, ErrorCode, Position};
 
 use super::text::TextFold;
@@ -60,13 +64,23 @@ impl Stage {
 #[derive(Debug, Clone, PartialEq)]
 pub enum Effect {
     /// Ask the router for a replica, after the pause.
-    Route { start: StartAttempt, fingerprint: Option<String>, avoid: Vec<ReplicaRef>, after: Duration },
+    Route {
+        start: StartAttempt,
+        fingerprint: Option<String>,
+        avoid: Vec<ReplicaRef>,
+        after: Duration,
+    },
     /// The attempt is over for this request: give its place back, and with `cancel` stop it.
-    Release { attempt: AttemptId, cancel: bool },
+    Release {
+        attempt: AttemptId,
+        cancel: bool,
+    },
     /// For the viewer's connection.
     Emit(ServerMessage),
     /// The viewer has everything, terminal event included.
-    StreamEnded { stream: u32 },
+    StreamEnded {
+        stream: u32,
+    },
     /// The log is closed: keep it for clients that come back.
     Keep(Box<FinishedRequest>),
     Observe(Observation),
@@ -78,7 +92,11 @@ pub enum Observation {
     FirstToken(Duration),
     InterToken(Duration),
     /// A lost attempt was made good: from the news of the loss to the next token.
-    Recovered { cause: LossCause, stage: Stage, stall: Duration },
+    Recovered {
+        cause: LossCause,
+        stage: Stage,
+        stall: Duration,
+    },
     /// Messages of attempts that are not current any more.
     Fenced(u64),
     /// Committed tokens that a new attempt has to run through the model again.
@@ -244,7 +262,10 @@ impl RequestCore {
                 Ok(()) => self.committed_one(&token, now, &mut effects),
                 Err(AppendError::Repeated { .. }) => fenced += 1,
                 Err(AppendError::Gap { .. }) => {
-                    effects.push(Effect::Release { attempt: self.attempt(), cancel: true });
+                    effects.push(Effect::Release {
+                        attempt: self.attempt(),
+                        cancel: true,
+                    });
                     effects.extend(self.lose(LossCause::Gap, now));
                 }
             }
@@ -261,7 +282,10 @@ impl RequestCore {
         if epoch != self.epoch || self.outcome.is_some() {
             return Vec::new();
         }
-        let mut effects = vec![Effect::Release { attempt: self.attempt(), cancel: false }];
+        let mut effects = vec![Effect::Release {
+            attempt: self.attempt(),
+            cancel: false,
+        }];
         effects.extend(self.lose(cause, now));
         effects
     }
@@ -271,10 +295,15 @@ impl RequestCore {
         if epoch != self.epoch || self.outcome.is_some() {
             return Vec::new();
         }
-        let mut effects = vec![Effect::Release { attempt: self.attempt(), cancel: false }];
+        let mut effects = vec![Effect::Release {
+            attempt: self.attempt(),
+            cancel: false,
+        }];
         match refusal {
             Refusal::NotReady | Refusal::Engine(AttemptError::Full { .. }) => {
-                let pause = FULL_RETRY_INITIAL.saturating_mul(1 << self.full_retries.min(10)).min(FULL_RETRY_MAX);
+                let pause = FULL_RETRY_INITIAL
+                    .saturating_mul(1 << self.full_retries.min(10))
+                    .min(FULL_RETRY_MAX);
                 self.full_retries += 1;
                 effects.push(self.next_attempt(pause));
             }
@@ -282,7 +311,9 @@ impl RequestCore {
                 effects.extend(self.fail(ErrorBody::new(ErrorCode::InvalidRequest, reason), now));
             }
             // Numbers that are none, or not the committed ones: another replica may do better.
-            Refusal::Engine(AttemptError::ReplayMismatch { .. } | AttemptError::NotFinite { .. }) => {
+            Refusal::Engine(
+                AttemptError::ReplayMismatch { .. } | AttemptError::NotFinite { .. },
+            ) => {
                 self.avoid.extend(self.at.take());
                 effects.extend(self.lose(LossCause::Mismatch, now));
             }
@@ -291,7 +322,13 @@ impl RequestCore {
     }
 
     /// The router knows of no replica that could serve.
-    pub fn unroutable(&mut self, epoch: u32, code: ErrorCode, reason: String, now: Instant) -> Vec<Effect> {
+    pub fn unroutable(
+        &mut self,
+        epoch: u32,
+        code: ErrorCode,
+        reason: String,
+        now: Instant,
+    ) -> Vec<Effect> {
         if epoch != self.epoch {
             return Vec::new();
         }
@@ -310,7 +347,10 @@ impl RequestCore {
             self.admission.deadline_ms,
             self.log.next_position()
         );
-        let error = ErrorBody { stage: Some(stage.into()), ..ErrorBody::new(ErrorCode::DeadlineExceeded, message) };
+        let error = ErrorBody {
+            stage: Some(stage.into()),
+            ..ErrorBody::new(ErrorCode::DeadlineExceeded, message)
+        };
         self.fail(error, now)
     }
 
@@ -323,14 +363,26 @@ impl RequestCore {
     ///
     /// # Errors
     /// [`ErrorCode::InvalidRequest`] if `next` is beyond what is committed.
-    pub fn attach(&mut self, stream: u32, next: Position, credit: u32) -> Result<Vec<Effect>, ErrorBody> {
+    pub fn attach(
+        &mut self,
+        stream: u32,
+        next: Position,
+        credit: u32,
+    ) -> Result<Vec<Effect>, ErrorBody> {
         if next > self.log.next_position() {
             return Err(ErrorBody::new(
                 ErrorCode::InvalidRequest,
-                format!("next_position {next} is beyond the {} tokens of the request", self.log.next_position()),
+                format!(
+                    "next_position {next} is beyond the {} tokens of the request",
+                    self.log.next_position()
+                ),
             ));
         }
-        self.viewer = Some(Viewer { stream, next, credit });
+        self.viewer = Some(Viewer {
+            stream,
+            next,
+            credit,
+        });
         let mut effects = vec![Effect::Emit(ServerMessage::Accepted {
             stream,
             request: self.admission.request,
@@ -359,12 +411,26 @@ impl RequestCore {
     }
 
     fn attempt(&self) -> AttemptId {
-        AttemptId { request: self.admission.request.0, epoch: self.epoch }
+        AttemptId {
+            request: self.admission.request.0,
+            epoch: self.epoch,
+        }
     }
 
     fn commit(&mut self, token: &StepToken) -> Result<(), AppendError> {
-        let frame::OutputToken { id, logprob, ref top } = token.token;
-        self.log.append(token.position, Entry { id, logprob, top: top.clone() })
+        let frame::OutputToken {
+            id,
+            logprob,
+            ref top,
+        } = token.token;
+        self.log.append(
+            token.position,
+            Entry {
+                id,
+                logprob,
+                top: top.clone(),
+            },
+        )
     }
 
     /// What follows from a token that was just committed: its text, its times, and perhaps the end.
@@ -393,7 +459,11 @@ impl RequestCore {
         self.first_token_at.get_or_insert(now);
         self.last_token_at = Some(now);
         if let Some(Loss { at, cause, stage }) = self.loss.take() {
-            effects.push(Effect::Observe(Observation::Recovered { cause, stage, stall: since(at) }));
+            effects.push(Effect::Observe(Observation::Recovered {
+                cause,
+                stage,
+                stall: since(at),
+            }));
         }
     }
 
@@ -401,7 +471,11 @@ impl RequestCore {
     fn lose(&mut self, cause: LossCause, now: Instant) -> Vec<Effect> {
         // A loss during a recovery is part of the same stall: the client has been waiting since the first one.
         if self.loss.is_none() {
-            self.loss = Some(Loss { at: now, cause, stage: self.stage });
+            self.loss = Some(Loss {
+                at: now,
+                cause,
+                stage: self.stage,
+            });
         }
         self.at = None;
         if self.attempts >= self.settings.max_attempts {
@@ -411,11 +485,18 @@ impl RequestCore {
                 cause.as_str(),
                 self.log.next_position()
             );
-            return self.end(Outcome::Failed(ErrorBody::new(ErrorCode::AttemptsExhausted, message)), false, now);
+            return self.end(
+                Outcome::Failed(ErrorBody::new(ErrorCode::AttemptsExhausted, message)),
+                false,
+                now,
+            );
         }
         self.stage = Stage::Recovering;
         let replayed = self.log.entries().len() as u64;
-        vec![Effect::Observe(Observation::Replayed(replayed)), self.next_attempt(Duration::ZERO)]
+        vec![
+            Effect::Observe(Observation::Replayed(replayed)),
+            self.next_attempt(Duration::ZERO),
+        ]
     }
 
     fn next_attempt(&mut self, after: Duration) -> Effect {
@@ -423,7 +504,11 @@ impl RequestCore {
         if after.is_zero() {
             self.attempts += 1;
         }
-        let fingerprint = if self.log.entries().is_empty() { None } else { self.fingerprint.clone() };
+        let fingerprint = if self.log.entries().is_empty() {
+            None
+        } else {
+            self.fingerprint.clone()
+        };
         let start = StartAttempt {
             attempt: self.attempt(),
             prompt: self.admission.prompt.clone(),
@@ -431,7 +516,12 @@ impl RequestCore {
             expect_logprobs: self.log.last_logprobs(CHECKED_LOGPROBS),
             sampling: engine_sampling(&self.admission.sampling),
         };
-        Effect::Route { start, fingerprint, avoid: self.avoid.clone(), after }
+        Effect::Route {
+            start,
+            fingerprint,
+            avoid: self.avoid.clone(),
+            after,
+        }
     }
 
     fn end(&mut self, outcome: Outcome, cancel: bool, now: Instant) -> Vec<Effect> {
@@ -441,9 +531,16 @@ impl RequestCore {
         self.tail = self.text.finish();
         self.outcome = Some(outcome.clone());
         self.stage = Stage::Done;
-        let finished = FinishedRequest { admission: self.admission.clone(), log: self.log.clone(), outcome };
+        let finished = FinishedRequest {
+            admission: self.admission.clone(),
+            log: self.log.clone(),
+            outcome,
+        };
         let mut effects = vec![
-            Effect::Release { attempt: self.attempt(), cancel },
+            Effect::Release {
+                attempt: self.attempt(),
+                cancel,
+            },
             Effect::Keep(Box::new(finished)),
             Effect::Observe(Observation::Ended(self.summary(now))),
         ];
@@ -452,7 +549,8 @@ impl RequestCore {
     }
 
     fn summary(&self, now: Instant) -> Summary {
-        let between = |from: Option<Instant>, to: Option<Instant>| Some(to?.saturating_duration_since(from?));
+        let between =
+            |from: Option<Instant>, to: Option<Instant>| Some(to?.saturating_duration_since(from?));
         Summary {
             elapsed: now.saturating_duration_since(self.admitted_at),
             queued: between(Some(self.admitted_at), self.dispatched_at),
@@ -471,7 +569,9 @@ impl RequestCore {
     /// Shows the viewer what it has credit for, and the end when it has seen everything before it.
     fn pump(&mut self) -> Vec<Effect> {
         let mut effects = Vec::new();
-        let Some(viewer) = &mut self.viewer else { return effects };
+        let Some(viewer) = &mut self.viewer else {
+            return effects;
+        };
         while viewer.credit > 0 && viewer.next < self.log.next_position() {
             let event = token_event(viewer, &self.log, &self.pieces, &self.admission.sampling);
             effects.push(Effect::Emit(ServerMessage::Token(event)));
@@ -507,7 +607,12 @@ impl RequestCore {
     }
 }
 
-fn token_event(viewer: &Viewer, log: &TokenLog, pieces: &[Box<str>], sampling: &Sampling) -> TokenEvent {
+fn token_event(
+    viewer: &Viewer,
+    log: &TokenLog,
+    pieces: &[Box<str>],
+    sampling: &Sampling,
+) -> TokenEvent {
     let entry = &log.entries()[viewer.next as usize];
     let wanted = sampling.logprobs || sampling.top_logprobs > 0;
     TokenEvent {
@@ -516,7 +621,11 @@ fn token_event(viewer: &Viewer, log: &TokenLog, pieces: &[Box<str>], sampling: &
         id: entry.id,
         text: pieces[viewer.next as usize].to_string(),
         logprob: wanted.then_some(entry.logprob),
-        top_logprobs: entry.top.iter().map(|&(id, logprob)| TopLogprob { id, logprob }).collect(),
+        top_logprobs: entry
+            .top
+            .iter()
+            .map(|&(id, logprob)| TopLogprob { id, logprob })
+            .collect(),
     }
 }
 
@@ -528,9 +637,15 @@ fn engine_sampling(sampling: &Sampling) -> SamplingParams {
         top_p: sampling.top_p.unwrap_or(neutral.top_p),
         top_k: sampling.top_k.unwrap_or(neutral.top_k),
         min_p: sampling.min_p.unwrap_or(neutral.min_p),
-        repetition_penalty: sampling.repetition_penalty.unwrap_or(neutral.repetition_penalty),
-        presence_penalty: sampling.presence_penalty.unwrap_or(neutral.presence_penalty),
-        frequency_penalty: sampling.frequency_penalty.unwrap_or(neutral.frequency_penalty),
+        repetition_penalty: sampling
+            .repetition_penalty
+            .unwrap_or(neutral.repetition_penalty),
+        presence_penalty: sampling
+            .presence_penalty
+            .unwrap_or(neutral.presence_penalty),
+        frequency_penalty: sampling
+            .frequency_penalty
+            .unwrap_or(neutral.frequency_penalty),
         seed: sampling.seed.unwrap_or(neutral.seed),
         max_tokens: sampling.max_tokens.unwrap_or(neutral.max_tokens),
         min_tokens: sampling.min_tokens.unwrap_or(neutral.min_tokens),

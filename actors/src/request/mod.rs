@@ -42,21 +42,47 @@ pub struct Audience {
 /// What a request is told.
 #[derive(Debug)]
 pub enum RequestMsg {
-    Dispatched { epoch: u32, at: ReplicaRef, fingerprint: String },
+    Dispatched {
+        epoch: u32,
+        at: ReplicaRef,
+        fingerprint: String,
+    },
     Tokens(Vec<StepToken>),
-    Lost { epoch: u32, cause: LossCause },
-    Refused { epoch: u32, refusal: Refusal },
-    Unroutable { epoch: u32, code: ErrorCode, reason: String },
+    Lost {
+        epoch: u32,
+        cause: LossCause,
+    },
+    Refused {
+        epoch: u32,
+        refusal: Refusal,
+    },
+    Unroutable {
+        epoch: u32,
+        code: ErrorCode,
+        reason: String,
+    },
     Cancel,
     Deadline,
     /// The grace period of a request without a client is over.
-    Abandoned { watch: u64 },
+    Abandoned {
+        watch: u64,
+    },
     /// The pause before an attempt is over.
     RouteNow(Box<Route<ActorRef<RequestMsg>>>),
-    Attach { audience: Box<Audience>, reply: RpcReplyPort<Result<(), ErrorBody>> },
+    Attach {
+        audience: Box<Audience>,
+        reply: RpcReplyPort<Result<(), ErrorBody>>,
+    },
     /// A connection is gone; ignored if another one watches by now.
-    Detach { session: ActorRef<SessionMsg>, stream: u32 },
-    Credit { session: ActorRef<SessionMsg>, stream: u32, tokens: u32 },
+    Detach {
+        session: ActorRef<SessionMsg>,
+        stream: u32,
+    },
+    Credit {
+        session: ActorRef<SessionMsg>,
+        stream: u32,
+        tokens: u32,
+    },
     /// The node stops.
     Shutdown,
 }
@@ -77,7 +103,10 @@ pub struct Surroundings {
 /// What a request actor is made from.
 pub enum Origin {
     /// Just admitted, with its place among the gateway's requests in flight.
-    New { admission: Box<Admission>, place: OwnedSemaphorePermit },
+    New {
+        admission: Box<Admission>,
+        place: OwnedSemaphorePermit,
+    },
     Finished(Arc<FinishedRequest>),
 }
 
@@ -119,14 +148,41 @@ impl Drop for Guard {
             deadline.abort();
         }
         if let Some(attempt) = self.attempt.take() {
-            self.surroundings.router.cast(RouterMsg::Release { attempt, cancel: true }).ok();
+            self.surroundings
+                .router
+                .cast(RouterMsg::Release {
+                    attempt,
+                    cancel: true,
+                })
+                .ok();
         }
-        if let Some(Audience { outbox, session, stream, .. }) = self.audience.take() {
-            let error = ErrorBody::new(ErrorCode::Internal, "the request's actor ended unexpectedly; please report it");
-            outbox.send(ServerMessage::Error { stream: Some(stream), request: Some(self.request), error });
-            session.cast(SessionMsg::StreamEnded { stream, request: self.request }).ok();
+        if let Some(Audience {
+            outbox,
+            session,
+            stream,
+            ..
+        }) = self.audience.take()
+        {
+            let error = ErrorBody::new(
+                ErrorCode::Internal,
+                "the request's actor ended unexpectedly; please report it",
+            );
+            outbox.send(ServerMessage::Error {
+                stream: Some(stream),
+                request: Some(self.request),
+                error,
+            });
+            session
+                .cast(SessionMsg::StreamEnded {
+                    stream,
+                    request: self.request,
+                })
+                .ok();
         }
-        let unregister = HubMsg::Unregister { request: self.request, actor: self.me.clone() };
+        let unregister = HubMsg::Unregister {
+            request: self.request,
+            actor: self.me.clone(),
+        };
         self.surroundings.hub.cast(unregister).ok();
     }
 }
@@ -141,24 +197,49 @@ impl Actor for Request {
         me: ActorRef<RequestMsg>,
         args: RequestArgs,
     ) -> Result<RequestState, ActorProcessingErr> {
-        let RequestArgs { origin, text, audience, surroundings } = args;
+        let RequestArgs {
+            origin,
+            text,
+            audience,
+            surroundings,
+        } = args;
         let now = Instant::now();
         let (core, place) = match origin {
-            Origin::New { admission, place } => {
-                (RequestCore::new(*admission, text, surroundings.settings, now), Some(place))
-            }
+            Origin::New { admission, place } => (
+                RequestCore::new(*admission, text, surroundings.settings, now),
+                Some(place),
+            ),
             Origin::Finished(closed) => (RequestCore::finished((*closed).clone(), text, now), None),
         };
         let request = core.admission().request;
-        surroundings.hub.cast(HubMsg::Register { request, actor: me.clone() })?;
-        let guard =
-            Guard { me: me.clone(), request, surroundings: surroundings.clone(), attempt: None, audience: None, deadline: None };
+        surroundings.hub.cast(HubMsg::Register {
+            request,
+            actor: me.clone(),
+        })?;
+        let guard = Guard {
+            me: me.clone(),
+            request,
+            surroundings: surroundings.clone(),
+            attempt: None,
+            audience: None,
+            deadline: None,
+        };
         let model = Arc::from(core.admission().model.as_str());
         let deadline = Duration::from_millis(core.admission().deadline_ms);
         let new = place.is_some();
-        let mut state = RequestState { core, audience: None, watch: 0, surroundings, model, place, guard };
+        let mut state = RequestState {
+            core,
+            audience: None,
+            watch: 0,
+            surroundings,
+            model,
+            place,
+            guard,
+        };
         if let Some(audience) = audience {
-            state.attach(&me, audience).map_err(|error| error.to_string())?;
+            state
+                .attach(&me, audience)
+                .map_err(|error| error.to_string())?;
         }
         if new {
             state.guard.deadline = Some(tokio::spawn(remind(me.clone(), deadline)));
@@ -181,7 +262,11 @@ impl Actor for Request {
         let now = Instant::now();
         let effects = match message {
             RequestMsg::Tokens(tokens) => state.core.tokens(tokens, now),
-            RequestMsg::Dispatched { epoch, at, fingerprint } => {
+            RequestMsg::Dispatched {
+                epoch,
+                at,
+                fingerprint,
+            } => {
                 state.core.dispatched(epoch, at, fingerprint, now);
                 Vec::new()
             }
@@ -193,7 +278,11 @@ impl Actor for Request {
                 state.log_refusal(epoch, &refusal);
                 state.core.refused(epoch, refusal, now)
             }
-            RequestMsg::Unroutable { epoch, code, reason } => state.core.unroutable(epoch, code, reason, now),
+            RequestMsg::Unroutable {
+                epoch,
+                code,
+                reason,
+            } => state.core.unroutable(epoch, code, reason, now),
             RequestMsg::Cancel => state.core.cancel(now),
             RequestMsg::Deadline => state.core.deadline(now),
             RequestMsg::Abandoned { watch } if watch == state.watch && state.audience.is_none() => {
@@ -201,7 +290,8 @@ impl Actor for Request {
             }
             RequestMsg::Abandoned { .. } => Vec::new(),
             RequestMsg::RouteNow(route) => {
-                if route.start.attempt.epoch == state.core.epoch() && state.core.outcome().is_none() {
+                if route.start.attempt.epoch == state.core.epoch() && state.core.outcome().is_none()
+                {
                     state.route(*route);
                 }
                 Vec::new()
@@ -211,13 +301,19 @@ impl Actor for Request {
                 Vec::new()
             }
             RequestMsg::Detach { session, stream } => state.detach(&me, &session, stream, now),
-            RequestMsg::Credit { session, stream, tokens } if state.is_watched_by(&session, stream) => {
+            RequestMsg::Credit {
+                session,
+                stream,
+                tokens,
+            } if state.is_watched_by(&session, stream) => {
                 state.core.credit(tokens, state.surroundings.max_credit)
             }
             RequestMsg::Credit { .. } => Vec::new(),
             RequestMsg::Shutdown => {
                 let message = "the gateway is stopping: submit the request again at another one";
-                state.core.fail(ErrorBody::new(ErrorCode::ShuttingDown, message), now)
+                state
+                    .core
+                    .fail(ErrorBody::new(ErrorCode::ShuttingDown, message), now)
             }
         };
         state.carry_out(&me, effects);
@@ -230,8 +326,19 @@ impl RequestState {
     fn carry_out(&mut self, me: &ActorRef<RequestMsg>, effects: Vec<Effect>) {
         for effect in effects {
             match effect {
-                Effect::Route { start, fingerprint, avoid, after } => {
-                    let route = Route { model: self.model.clone(), start, fingerprint, avoid, reply: me.clone() };
+                Effect::Route {
+                    start,
+                    fingerprint,
+                    avoid,
+                    after,
+                } => {
+                    let route = Route {
+                        model: self.model.clone(),
+                        start,
+                        fingerprint,
+                        avoid,
+                        reply: me.clone(),
+                    };
                     if after.is_zero() {
                         self.route(route);
                     } else {
@@ -240,7 +347,10 @@ impl RequestState {
                 }
                 Effect::Release { attempt, cancel } => {
                     self.guard.attempt = None;
-                    self.surroundings.router.cast(RouterMsg::Release { attempt, cancel }).ok();
+                    self.surroundings
+                        .router
+                        .cast(RouterMsg::Release { attempt, cancel })
+                        .ok();
                 }
                 Effect::Emit(message) => {
                     if let Some(audience) = &self.audience {
@@ -252,21 +362,32 @@ impl RequestState {
                     self.guard.audience = None;
                     if let Some(audience) = self.audience.take() {
                         let request = audience.request;
-                        audience.session.cast(SessionMsg::StreamEnded { stream, request }).ok();
+                        audience
+                            .session
+                            .cast(SessionMsg::StreamEnded { stream, request })
+                            .ok();
                     }
                 }
                 Effect::Keep(finished) => {
                     self.place = None;
-                    self.surroundings.keeper.cast(KeeperMsg::Keep(finished)).ok();
+                    self.surroundings
+                        .keeper
+                        .cast(KeeperMsg::Keep(finished))
+                        .ok();
                 }
-                Effect::Observe(observation) => self.surroundings.metrics.observe(&self.core, observation),
+                Effect::Observe(observation) => {
+                    self.surroundings.metrics.observe(&self.core, observation)
+                }
             }
         }
     }
 
     fn route(&mut self, route: Route<ActorRef<RequestMsg>>) {
         self.guard.attempt = Some(route.start.attempt);
-        self.surroundings.router.cast(RouterMsg::Route(Box::new(route))).ok();
+        self.surroundings
+            .router
+            .cast(RouterMsg::Route(Box::new(route)))
+            .ok();
     }
 
     fn attach(&mut self, me: &ActorRef<RequestMsg>, audience: Audience) -> Result<(), ErrorBody> {
@@ -278,8 +399,15 @@ impl RequestState {
             let message = "the request is being read on another connection now";
             let error = ErrorBody::new(ErrorCode::OutOfOrder, message);
             let request = Some(before.request);
-            before.outbox.send(ServerMessage::Error { stream: Some(before.stream), request, error });
-            let ended = SessionMsg::StreamEnded { stream: before.stream, request: before.request };
+            before.outbox.send(ServerMessage::Error {
+                stream: Some(before.stream),
+                request,
+                error,
+            });
+            let ended = SessionMsg::StreamEnded {
+                stream: before.stream,
+                request: before.request,
+            };
             before.session.cast(ended).ok();
         }
         self.guard.audience = Some(audience);
@@ -288,9 +416,9 @@ impl RequestState {
     }
 
     fn is_watched_by(&self, session: &ActorRef<SessionMsg>, stream: u32) -> bool {
-        self.audience
-            .as_ref()
-            .is_some_and(|audience| audience.session.get_id() == session.get_id() && audience.stream == stream)
+        self.audience.as_ref().is_some_and(|audience| {
+            audience.session.get_id() == session.get_id() && audience.stream == stream
+        })
     }
 
     fn detach(
@@ -310,7 +438,9 @@ impl RequestState {
             return self.core.cancel(now);
         }
         let watch = self.watch;
-        me.send_after(self.surroundings.resume_grace, move || RequestMsg::Abandoned { watch });
+        me.send_after(self.surroundings.resume_grace, move || {
+            RequestMsg::Abandoned { watch }
+        });
         Vec::new()
     }
 

@@ -5,7 +5,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use understudy_journal::Outcome;
 use understudy_protocol::message::FinishReason;
-use understudy_telemetry::record::{self, RecoveryCause, ReplaySource, RequestMetrics, RequestSummary};
+use understudy_telemetry::record::{
+    self, RecoveryCause, ReplaySource, RequestMetrics, RequestSummary,
+};
 
 use super::core::{Observation, RequestCore, Stage, Summary};
 use crate::peer::{LossCause, ReplicaId};
@@ -20,14 +22,24 @@ impl MetricsCache {
     /// Records one observation of a request.
     pub fn observe(&self, request: &RequestCore, observation: Observation) {
         match observation {
-            Observation::FirstToken(elapsed) => self.with(request, |metrics| metrics.first_token(elapsed)),
-            Observation::InterToken(elapsed) => self.with(request, |metrics| metrics.inter_token(elapsed)),
-            Observation::Recovered { cause, stage, stall } => {
+            Observation::FirstToken(elapsed) => {
+                self.with(request, |metrics| metrics.first_token(elapsed))
+            }
+            Observation::InterToken(elapsed) => {
+                self.with(request, |metrics| metrics.inter_token(elapsed))
+            }
+            Observation::Recovered {
+                cause,
+                stage,
+                stall,
+            } => {
                 record::recovery(recovery_cause(cause), recovery_stage(stage));
                 record::recovery_stall(stall);
             }
             Observation::Fenced(messages) => (0..messages).for_each(|_| record::fenced_message()),
-            Observation::Replayed(tokens) => record::replayed_tokens(ReplaySource::Recompute, tokens),
+            Observation::Replayed(tokens) => {
+                record::replayed_tokens(ReplaySource::Recompute, tokens)
+            }
             Observation::Ended(summary) => {
                 if let Some(Outcome::Failed(error)) = request.outcome() {
                     record::request_error(error.code.as_str());
@@ -41,7 +53,10 @@ impl MetricsCache {
     /// Requests that no replica ever served are not attributed to one.
     fn with(&self, request: &RequestCore, record: impl FnOnce(&RequestMetrics)) {
         let Some(at) = request.at() else { return };
-        let mut cache = self.by_replica.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut cache = self
+            .by_replica
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
         let metrics = cache
             .entry(at.replica.clone())
             .or_insert_with(|| RequestMetrics::new(&at.replica.model, at.replica.index));

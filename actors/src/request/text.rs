@@ -63,7 +63,10 @@ impl TextFold {
             false => self.stop.push(&text),
         };
         self.stopped = outcome.stopped.is_some();
-        Piece { text: outcome.text, stopped: self.stopped }
+        Piece {
+            text: outcome.text,
+            stopped: self.stopped,
+        }
     }
 
     /// Nothing follows: the text that was held back, or was an incomplete character.

@@ -35,8 +35,14 @@ pub enum Unroutable {
     NoneReady { model: Arc<str>, waited_ms: u64 },
     #[error("all replicas of {model} are full, and stayed so for {waited_ms} ms")]
     AllFull { model: Arc<str>, waited_ms: u64 },
-    #[error("no ready replica of {model} computes the same numbers (fingerprint {fingerprint}) as the one that served the tokens so far, for {waited_ms} ms")]
-    NoneMatches { model: Arc<str>, fingerprint: String, waited_ms: u64 },
+    #[error(
+        "no ready replica of {model} computes the same numbers (fingerprint {fingerprint}) as the one that served the tokens so far, for {waited_ms} ms"
+    )]
+    NoneMatches {
+        model: Arc<str>,
+        fingerprint: String,
+        waited_ms: u64,
+    },
     #[error("too many attempts wait for a replica: {waiting}, and the limit is {limit}")]
     TooManyWaiting { waiting: usize, limit: usize },
 }
@@ -45,11 +51,27 @@ pub enum Unroutable {
 #[derive(Debug)]
 pub enum Effect<R> {
     /// Send the attempt there, and tell the request.
-    Dispatch { to: ReplicaRef, fingerprint: String, start: StartAttempt, reply: R },
-    Cancel { at: ReplicaRef, attempt: AttemptId },
+    Dispatch {
+        to: ReplicaRef,
+        fingerprint: String,
+        start: StartAttempt,
+        reply: R,
+    },
+    Cancel {
+        at: ReplicaRef,
+        attempt: AttemptId,
+    },
     /// The attempt's host is gone.
-    Lost { attempt: AttemptId, cause: LossCause, reply: R },
-    Unroutable { attempt: AttemptId, reason: Unroutable, reply: R },
+    Lost {
+        attempt: AttemptId,
+        cause: LossCause,
+        reply: R,
+    },
+    Unroutable {
+        attempt: AttemptId,
+        reason: Unroutable,
+        reply: R,
+    },
 }
 
 #[derive(Debug)]
@@ -91,14 +113,26 @@ pub struct RouterCore<R> {
 
 impl<R: Clone> RouterCore<R> {
     pub fn new(limits: Limits) -> Self {
-        Self { limits, replicas: BTreeMap::new(), waiting: VecDeque::new(), running: HashMap::new() }
+        Self {
+            limits,
+            replicas: BTreeMap::new(),
+            waiting: VecDeque::new(),
+            running: HashMap::new(),
+        }
     }
 
     /// An attempt asks for a replica.
     pub fn route(&mut self, route: Route<R>, now: Instant) -> Vec<Effect<R>> {
         if self.waiting.len() >= self.limits.max_waiting {
-            let reason = Unroutable::TooManyWaiting { waiting: self.waiting.len(), limit: self.limits.max_waiting };
-            return vec![Effect::Unroutable { attempt: route.start.attempt, reason, reply: route.reply }];
+            let reason = Unroutable::TooManyWaiting {
+                waiting: self.waiting.len(),
+                limit: self.limits.max_waiting,
+            };
+            return vec![Effect::Unroutable {
+                attempt: route.start.attempt,
+                reason,
+                reply: route.reply,
+            }];
         }
         self.waiting.push_back(Waiting { route, since: now });
         self.settle(now)
@@ -106,12 +140,16 @@ impl<R: Clone> RouterCore<R> {
 
     /// An attempt is over, however it ended: its place is free. With `cancel`, its host is told too.
     pub fn release(&mut self, attempt: AttemptId, cancel: bool, now: Instant) -> Vec<Effect<R>> {
-        self.waiting.retain(|waiting| waiting.route.start.attempt != attempt);
+        self.waiting
+            .retain(|waiting| waiting.route.start.attempt != attempt);
         let mut effects = Vec::new();
         if let Some(running) = self.running.remove(&attempt) {
             self.free_place(&running.at);
             if cancel {
-                effects.push(Effect::Cancel { at: running.at, attempt });
+                effects.push(Effect::Cancel {
+                    at: running.at,
+                    attempt,
+                });
             }
         }
         effects.extend(self.settle(now));
@@ -120,17 +158,36 @@ impl<R: Clone> RouterCore<R> {
 
     /// The place that an attempt runs at and whom to tell about it, without releasing it.
     pub fn running(&self, attempt: AttemptId) -> Option<(&ReplicaRef, &R)> {
-        self.running.get(&attempt).map(|running| (&running.at, &running.reply))
+        self.running
+            .get(&attempt)
+            .map(|running| (&running.at, &running.reply))
     }
 
     /// A host's new view of its replicas.
-    pub fn report(&mut self, peer: &PeerId, reports: Vec<ReplicaReport>, now: Instant) -> Vec<Effect<R>> {
+    pub fn report(
+        &mut self,
+        peer: &PeerId,
+        reports: Vec<ReplicaReport>,
+        now: Instant,
+    ) -> Vec<Effect<R>> {
         let mut fresh: BTreeMap<ReplicaRef, Replica> = BTreeMap::new();
         for report in reports {
-            let at = ReplicaRef { peer: peer.clone(), replica: report.replica.clone() };
-            let (outstanding, suspect) =
-                self.replicas.get(&at).map_or((0, false), |known| (known.outstanding, known.suspect));
-            fresh.insert(at, Replica { report, outstanding, suspect });
+            let at = ReplicaRef {
+                peer: peer.clone(),
+                replica: report.replica.clone(),
+            };
+            let (outstanding, suspect) = self
+                .replicas
+                .get(&at)
+                .map_or((0, false), |known| (known.outstanding, known.suspect));
+            fresh.insert(
+                at,
+                Replica {
+                    report,
+                    outstanding,
+                    suspect,
+                },
+            );
         }
         self.replicas.retain(|at, _| at.peer != *peer);
         self.replicas.append(&mut fresh);
@@ -150,13 +207,21 @@ impl<R: Clone> RouterCore<R> {
     /// A node is gone, and with it every attempt there.
     pub fn peer_down(&mut self, peer: &PeerId, now: Instant) -> Vec<Effect<R>> {
         self.replicas.retain(|at, _| at.peer != *peer);
-        let lost: Vec<AttemptId> =
-            self.running.iter().filter(|(_, running)| running.at.peer == *peer).map(|(id, _)| *id).collect();
+        let lost: Vec<AttemptId> = self
+            .running
+            .iter()
+            .filter(|(_, running)| running.at.peer == *peer)
+            .map(|(id, _)| *id)
+            .collect();
         let mut effects: Vec<Effect<R>> = lost
             .into_iter()
             .filter_map(|attempt| {
                 let running = self.running.remove(&attempt)?;
-                Some(Effect::Lost { attempt, cause: LossCause::NodeDown, reply: running.reply })
+                Some(Effect::Lost {
+                    attempt,
+                    cause: LossCause::NodeDown,
+                    reply: running.reply,
+                })
             })
             .collect();
         effects.extend(self.settle(now));
@@ -170,7 +235,9 @@ impl<R: Clone> RouterCore<R> {
 
     /// All replicas known, with the load this gateway gives them.
     pub fn replicas(&self) -> impl Iterator<Item = (&ReplicaRef, &ReplicaReport, bool, u32)> {
-        self.replicas.iter().map(|(at, replica)| (at, &replica.report, replica.suspect, replica.outstanding))
+        self.replicas
+            .iter()
+            .map(|(at, replica)| (at, &replica.report, replica.suspect, replica.outstanding))
     }
 
     pub fn waiting_count(&self) -> usize {
@@ -191,14 +258,31 @@ impl<R: Clone> RouterCore<R> {
     fn settle(&mut self, now: Instant) -> Vec<Effect<R>> {
         let mut effects = Vec::new();
         for _ in 0..self.waiting.len() {
-            let Some(waiting) = self.waiting.pop_front() else { break };
+            let Some(waiting) = self.waiting.pop_front() else {
+                break;
+            };
             if let Some((to, fingerprint)) = self.place(&waiting.route) {
                 let Route { start, reply, .. } = waiting.route;
-                self.running.insert(start.attempt, Running { at: to.clone(), reply: reply.clone() });
-                effects.push(Effect::Dispatch { to, fingerprint, start, reply });
+                self.running.insert(
+                    start.attempt,
+                    Running {
+                        at: to.clone(),
+                        reply: reply.clone(),
+                    },
+                );
+                effects.push(Effect::Dispatch {
+                    to,
+                    fingerprint,
+                    start,
+                    reply,
+                });
             } else if let Some(reason) = self.hopeless(&waiting, now) {
                 let Route { start, reply, .. } = waiting.route;
-                effects.push(Effect::Unroutable { attempt: start.attempt, reason, reply });
+                effects.push(Effect::Unroutable {
+                    attempt: start.attempt,
+                    reason,
+                    reply,
+                });
             } else {
                 self.waiting.push_back(waiting);
             }
@@ -225,8 +309,13 @@ impl<R: Clone> RouterCore<R> {
     fn hopeless(&self, waiting: &Waiting<R>, now: Instant) -> Option<Unroutable> {
         let route = &waiting.route;
         let model = route.model.clone();
-        let mut of_model = self.replicas.iter().filter(|(at, _)| at.replica.model == model).peekable();
-        if of_model.peek().is_some() && of_model.all(|(_, r)| r.report.state == ReplicaState::Down) {
+        let mut of_model = self
+            .replicas
+            .iter()
+            .filter(|(at, _)| at.replica.model == model)
+            .peekable();
+        if of_model.peek().is_some() && of_model.all(|(_, r)| r.report.state == ReplicaState::Down)
+        {
             return Some(Unroutable::AllDown { model });
         }
         let waited = now.saturating_duration_since(waiting.since);
@@ -234,13 +323,21 @@ impl<R: Clone> RouterCore<R> {
             return None;
         }
         let waited_ms = waited.as_millis() as u64;
-        let ready = || self.replicas.iter().filter(|(at, replica)| usable(at, replica, route));
+        let ready = || {
+            self.replicas
+                .iter()
+                .filter(|(at, replica)| usable(at, replica, route))
+        };
         if ready().next().is_none() {
             return Some(Unroutable::NoneReady { model, waited_ms });
         }
         match &route.fingerprint {
             Some(fingerprint) if !ready().any(|(_, replica)| matches(replica, route)) => {
-                Some(Unroutable::NoneMatches { model, fingerprint: fingerprint.clone(), waited_ms })
+                Some(Unroutable::NoneMatches {
+                    model,
+                    fingerprint: fingerprint.clone(),
+                    waited_ms,
+                })
             }
             _ => Some(Unroutable::AllFull { model, waited_ms }),
         }
@@ -256,7 +353,10 @@ fn usable<R>(at: &ReplicaRef, replica: &Replica, route: &Route<R>) -> bool {
 
 /// Invariant 9: a log goes on only where the same numbers come out.
 fn matches<R>(replica: &Replica, route: &Route<R>) -> bool {
-    route.fingerprint.as_ref().is_none_or(|wanted| *wanted == replica.report.fingerprint)
+    route
+        .fingerprint
+        .as_ref()
+        .is_none_or(|wanted| *wanted == replica.report.fingerprint)
 }
 
 fn candidate(replica: &Replica) -> Candidate {

@@ -25,13 +25,30 @@ const TICK: Duration = Duration::from_millis(100);
 #[derive(Debug)]
 pub enum RouterMsg {
     Route(Box<Route<ActorRef<RequestMsg>>>),
-    Release { attempt: AttemptId, cancel: bool },
-    Report { peer: PeerId, replicas: Vec<ReplicaReport> },
-    Suspect { peer: PeerId, suspect: bool },
+    Release {
+        attempt: AttemptId,
+        cancel: bool,
+    },
+    Report {
+        peer: PeerId,
+        replicas: Vec<ReplicaReport>,
+    },
+    Suspect {
+        peer: PeerId,
+        suspect: bool,
+    },
     PeerDown(PeerId),
     /// A host says that attempts of ours ended there.
-    Lost { peer: PeerId, attempts: Vec<AttemptId>, cause: LossCause },
-    Refused { peer: PeerId, attempt: AttemptId, refusal: Refusal },
+    Lost {
+        peer: PeerId,
+        attempts: Vec<AttemptId>,
+        cause: LossCause,
+    },
+    Refused {
+        peer: PeerId,
+        attempt: AttemptId,
+        refusal: Refusal,
+    },
     Status(RpcReplyPort<ClusterStatus>),
     Tick,
 }
@@ -64,9 +81,17 @@ impl Actor for Router {
     type State = RouterState;
     type Arguments = RouterArgs;
 
-    async fn pre_start(&self, me: ActorRef<RouterMsg>, args: RouterArgs) -> Result<RouterState, ActorProcessingErr> {
+    async fn pre_start(
+        &self,
+        me: ActorRef<RouterMsg>,
+        args: RouterArgs,
+    ) -> Result<RouterState, ActorProcessingErr> {
         me.send_interval(TICK, || RouterMsg::Tick);
-        Ok(RouterState { core: RouterCore::new(args.limits), links: args.links, identity: args.identity })
+        Ok(RouterState {
+            core: RouterCore::new(args.limits),
+            links: args.links,
+            identity: args.identity,
+        })
     }
 
     async fn handle(
@@ -82,14 +107,28 @@ impl Actor for Router {
             RouterMsg::Report { peer, replicas } => state.core.report(&peer, replicas, now),
             RouterMsg::Suspect { peer, suspect } => state.core.suspect(&peer, suspect, now),
             RouterMsg::PeerDown(peer) => state.core.peer_down(&peer, now),
-            RouterMsg::Lost { peer, attempts, cause } => {
+            RouterMsg::Lost {
+                peer,
+                attempts,
+                cause,
+            } => {
                 for attempt in attempts {
-                    state.pass_on(&peer, attempt, || RequestMsg::Lost { epoch: attempt.epoch, cause });
+                    state.pass_on(&peer, attempt, || RequestMsg::Lost {
+                        epoch: attempt.epoch,
+                        cause,
+                    });
                 }
                 Vec::new()
             }
-            RouterMsg::Refused { peer, attempt, refusal } => {
-                state.pass_on(&peer, attempt, || RequestMsg::Refused { epoch: attempt.epoch, refusal });
+            RouterMsg::Refused {
+                peer,
+                attempt,
+                refusal,
+            } => {
+                state.pass_on(&peer, attempt, || RequestMsg::Refused {
+                    epoch: attempt.epoch,
+                    refusal,
+                });
                 Vec::new()
             }
             RouterMsg::Status(reply) => {
@@ -118,33 +157,81 @@ impl RouterState {
         // Requests that are gone by now have released their attempts themselves: a failed cast needs no answer.
         for effect in effects {
             match effect {
-                Effect::Dispatch { to, fingerprint, start, reply } => {
+                Effect::Dispatch {
+                    to,
+                    fingerprint,
+                    start,
+                    reply,
+                } => {
                     let attempt = start.attempt;
-                    let message = PeerMessage::Dispatch { replica: to.replica.clone(), start };
+                    let message = PeerMessage::Dispatch {
+                        replica: to.replica.clone(),
+                        start,
+                    };
                     let peer = to.peer.clone();
                     // Before the attempt is sent: its first token must not overtake this message.
-                    reply.cast(RequestMsg::Dispatched { epoch: attempt.epoch, at: to, fingerprint }).ok();
+                    reply
+                        .cast(RequestMsg::Dispatched {
+                            epoch: attempt.epoch,
+                            at: to,
+                            fingerprint,
+                        })
+                        .ok();
                     if let Err(error) = self.links.send(&peer, message) {
                         tracing::warn!(request = %format_args!("{:032x}", attempt.request), epoch = attempt.epoch, %error, "dispatch failed");
-                        reply.cast(RequestMsg::Lost { epoch: attempt.epoch, cause: LossCause::NodeDown }).ok();
+                        reply
+                            .cast(RequestMsg::Lost {
+                                epoch: attempt.epoch,
+                                cause: LossCause::NodeDown,
+                            })
+                            .ok();
                     }
                 }
                 Effect::Cancel { at, attempt } => {
                     // A host that cannot be reached drops the attempts of a lost gateway by itself.
-                    self.links.send(&at.peer, PeerMessage::Cancel { replica: at.replica, attempt }).ok();
+                    self.links
+                        .send(
+                            &at.peer,
+                            PeerMessage::Cancel {
+                                replica: at.replica,
+                                attempt,
+                            },
+                        )
+                        .ok();
                 }
-                Effect::Lost { attempt, cause, reply } => {
-                    reply.cast(RequestMsg::Lost { epoch: attempt.epoch, cause }).ok();
+                Effect::Lost {
+                    attempt,
+                    cause,
+                    reply,
+                } => {
+                    reply
+                        .cast(RequestMsg::Lost {
+                            epoch: attempt.epoch,
+                            cause,
+                        })
+                        .ok();
                 }
-                Effect::Unroutable { attempt, reason, reply } => {
+                Effect::Unroutable {
+                    attempt,
+                    reason,
+                    reply,
+                } => {
                     let code = match &reason {
-                        Unroutable::AllFull { .. } | Unroutable::TooManyWaiting { .. } => ErrorCode::Overloaded,
-                        Unroutable::AllDown { .. } | Unroutable::NoneReady { .. } | Unroutable::NoneMatches { .. } => {
-                            ErrorCode::Unavailable
+                        Unroutable::AllFull { .. } | Unroutable::TooManyWaiting { .. } => {
+                            ErrorCode::Overloaded
                         }
+                        Unroutable::AllDown { .. }
+                        | Unroutable::NoneReady { .. }
+                        | Unroutable::NoneMatches { .. } => ErrorCode::Unavailable,
                     };
                     let reason = reason.to_string();
-                    reply.cast(RequestMsg::Unroutable { epoch: attempt.epoch, code, reason }).ok();
+                    reply
+                        .cast(RequestMsg::Unroutable {
+                            epoch: attempt.epoch,
+                            code,
+                            reason,
+                        })
+                        .ok();
                 }
             }
         }
@@ -156,7 +243,11 @@ impl RouterState {
             node: self.links.me().node.to_string(),
             version: self.identity.version.clone(),
             nodes: self.nodes(),
-            replicas: self.core.replicas().map(|(_, report, suspect, _)| shown(report, suspect)).collect(),
+            replicas: self
+                .core
+                .replicas()
+                .map(|(_, report, suspect, _)| shown(report, suspect))
+                .collect(),
             requests_in_flight: (self.core.running_count() + self.core.waiting_count()) as u32,
             ..ClusterStatus::default()
         }
@@ -164,7 +255,11 @@ impl RouterState {
 
     fn nodes(&self) -> Vec<NodeStatus> {
         let roles = |name: &str| {
-            self.identity.roles_of.iter().find(|(node, _)| node == name).map_or(Vec::new(), |(_, roles)| roles.clone())
+            self.identity
+                .roles_of
+                .iter()
+                .find(|(node, _)| node == name)
+                .map_or(Vec::new(), |(_, roles)| roles.clone())
         };
         let me = self.links.me();
         let mut nodes = vec![NodeStatus {
@@ -180,7 +275,10 @@ impl RouterState {
             NodeStatus {
                 roles: roles(&name),
                 name,
-                incarnation: peer.id.map(|id| format!("{:x}", id.incarnation)).unwrap_or_default(),
+                incarnation: peer
+                    .id
+                    .map(|id| format!("{:x}", id.incarnation))
+                    .unwrap_or_default(),
                 state: match peer.state {
                     PeerState::NeverSeen => "never_seen",
                     PeerState::Alive => "alive",

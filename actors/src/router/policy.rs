@@ -23,7 +23,11 @@ impl Candidate {
 /// Ties are broken by `salt` (the request id, say), so that several gateways do not all begin with the same replica.
 pub fn least_outstanding(candidates: &[Candidate], salt: u64) -> Option<usize> {
     let open = |candidate: &Candidate| candidate.outstanding < candidate.capacity;
-    let least = candidates.iter().filter(|c| open(c)).map(|c| c.load()).min()?;
+    let least = candidates
+        .iter()
+        .filter(|c| open(c))
+        .map(|c| c.load())
+        .min()?;
     let ties: Vec<usize> = (0..candidates.len())
         .filter(|&i| open(&candidates[i]) && candidates[i].load() == least)
         .collect();
@@ -36,17 +40,27 @@ mod tests {
     use super::*;
 
     fn candidate(outstanding: u32, reported: u32) -> Candidate {
-        Candidate { outstanding, reported, capacity: 8 }
+        Candidate {
+            outstanding,
+            reported,
+            capacity: 8,
+        }
     }
 
     #[test]
     fn the_least_loaded_wins() {
-        assert_eq!(least_outstanding(&[candidate(3, 0), candidate(1, 1), candidate(0, 5)], 9), Some(1));
+        assert_eq!(
+            least_outstanding(&[candidate(3, 0), candidate(1, 1), candidate(0, 5)], 9),
+            Some(1)
+        );
     }
 
     #[test]
     fn full_replicas_are_left_out() {
-        assert_eq!(least_outstanding(&[candidate(8, 8), candidate(7, 7)], 0), Some(1));
+        assert_eq!(
+            least_outstanding(&[candidate(8, 8), candidate(7, 7)], 0),
+            Some(1)
+        );
         assert_eq!(least_outstanding(&[candidate(8, 0)], 0), None);
         assert_eq!(least_outstanding(&[], 0), None);
     }

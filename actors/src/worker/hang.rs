@@ -33,7 +33,13 @@ pub struct HangDetector {
 
 impl HangDetector {
     pub fn new(limits: HangLimits, now: Instant) -> Self {
-        Self { limits, last_tick: now, last_frame: now, steps: 0, stuck_since: None }
+        Self {
+            limits,
+            last_tick: now,
+            last_frame: now,
+            steps: 0,
+            stuck_since: None,
+        }
     }
 
     /// Any frame came.
@@ -69,7 +75,9 @@ impl HangDetector {
             return Some(LossCause::EngineSilent);
         }
         let stuck = self.stuck_since.map(|at| now.saturating_duration_since(at));
-        stuck.is_some_and(|time| time > self.limits.stall).then_some(LossCause::EngineHang)
+        stuck
+            .is_some_and(|time| time > self.limits.stall)
+            .then_some(LossCause::EngineHang)
     }
 }
 
@@ -78,15 +86,24 @@ mod tests {
     use super::*;
 
     const TICK: Duration = Duration::from_millis(50);
-    const LIMITS: HangLimits =
-        HangLimits { silence: Duration::from_millis(500), stall: Duration::from_millis(2000), tick: TICK };
+    const LIMITS: HangLimits = HangLimits {
+        silence: Duration::from_millis(500),
+        stall: Duration::from_millis(2000),
+        tick: TICK,
+    };
 
     fn health(steps: u64, busy: bool) -> EngineHealth {
-        EngineHealth { steps, busy, ..EngineHealth::default() }
+        EngineHealth {
+            steps,
+            busy,
+            ..EngineHealth::default()
+        }
     }
 
     /// Ticks until something is found, with a heartbeat before every second tick if `heartbeat` gives one.
-    fn found_after(heartbeat: impl Fn(u32) -> Option<EngineHealth>) -> Option<(LossCause, Duration)> {
+    fn found_after(
+        heartbeat: impl Fn(u32) -> Option<EngineHealth>,
+    ) -> Option<(LossCause, Duration)> {
         let start = Instant::now();
         let mut detector = HangDetector::new(LIMITS, start);
         (1..200).find_map(|i| {

@@ -39,7 +39,10 @@ const MAX_COMMANDS: usize = 8192;
 /// What a worker is told.
 #[derive(Debug)]
 pub enum WorkerMsg {
-    Dispatch { gateway: PeerId, start: StartAttempt },
+    Dispatch {
+        gateway: PeerId,
+        start: StartAttempt,
+    },
     Cancel(AttemptId),
     /// A gateway is gone: its attempts are of no use to anybody.
     GatewayDown(PeerId),
@@ -87,17 +90,26 @@ impl Actor for Worker {
     type State = WorkerState;
     type Arguments = WorkerArgs;
 
-    async fn pre_start(&self, me: ActorRef<WorkerMsg>, args: WorkerArgs) -> Result<WorkerState, ActorProcessingErr> {
+    async fn pre_start(
+        &self,
+        me: ActorRef<WorkerMsg>,
+        args: WorkerArgs,
+    ) -> Result<WorkerState, ActorProcessingErr> {
         let (engine, socket) = EngineProcess::spawn(&args.spec)?;
         let (read, write) = socket.into_split();
         let (commands, queue) = mpsc::channel(MAX_COMMANDS);
         tokio::spawn(read_events(read, me.clone()));
         tokio::spawn(write_commands(write, queue));
         me.send_interval(TICK, || WorkerMsg::Tick);
-        args.replica.cast(ReplicaMsg::EngineStarted { pid: engine.pid() })?;
+        args.replica
+            .cast(ReplicaMsg::EngineStarted { pid: engine.pid() })?;
         tracing::info!(worker = %args.name, pid = engine.pid(), "engine started");
         let now = Instant::now();
-        let hang = HangLimits { silence: args.limits.silence, stall: args.limits.stall, tick: TICK };
+        let hang = HangLimits {
+            silence: args.limits.silence,
+            stall: args.limits.stall,
+            tick: TICK,
+        };
         Ok(WorkerState {
             name: args.name,
             links: args.links,
@@ -131,18 +143,34 @@ impl Actor for Worker {
         }
     }
 
-    async fn post_stop(&self, _me: ActorRef<WorkerMsg>, state: &mut WorkerState) -> Result<(), ActorProcessingErr> {
+    async fn post_stop(
+        &self,
+        _me: ActorRef<WorkerMsg>,
+        state: &mut WorkerState,
+    ) -> Result<(), ActorProcessingErr> {
         // Stopped on purpose: the node goes down, or the replica is taken away.
-        state.give_up(LossCause::Stopped, "the worker was stopped".into()).await;
+        state
+            .give_up(LossCause::Stopped, "the worker was stopped".into())
+            .await;
         Ok(())
     }
 }
 
 impl WorkerState {
-    async fn dispatch(&mut self, gateway: PeerId, start: StartAttempt) -> Result<(), ActorProcessingErr> {
+    async fn dispatch(
+        &mut self,
+        gateway: PeerId,
+        start: StartAttempt,
+    ) -> Result<(), ActorProcessingErr> {
         let attempt = start.attempt;
         if !self.ready {
-            self.tell(&gateway, PeerMessage::Refused { attempt, refusal: Refusal::NotReady });
+            self.tell(
+                &gateway,
+                PeerMessage::Refused {
+                    attempt,
+                    refusal: Refusal::NotReady,
+                },
+            );
             return Ok(());
         }
         self.in_flight.insert(attempt, gateway);
@@ -160,8 +188,12 @@ impl WorkerState {
     }
 
     async fn gateway_down(&mut self, gateway: &PeerId) -> Result<(), ActorProcessingErr> {
-        let orphans: Vec<AttemptId> =
-            self.in_flight.iter().filter(|(_, owner)| *owner == gateway).map(|(attempt, _)| *attempt).collect();
+        let orphans: Vec<AttemptId> = self
+            .in_flight
+            .iter()
+            .filter(|(_, owner)| *owner == gateway)
+            .map(|(attempt, _)| *attempt)
+            .collect();
         for attempt in orphans {
             self.cancel(attempt).await?;
         }
@@ -172,7 +204,8 @@ impl WorkerState {
         match self.commands.try_send(command) {
             Ok(()) => Ok(()),
             Err(mpsc::error::TrySendError::Full(_)) => {
-                let detail = format!("{MAX_COMMANDS} commands wait for the engine, which does not read");
+                let detail =
+                    format!("{MAX_COMMANDS} commands wait for the engine, which does not read");
                 Err(self.give_up(LossCause::EngineHang, detail).await)
             }
             // The reader of the same socket sees the end too, and says why.
@@ -183,7 +216,9 @@ impl WorkerState {
     async fn engine_event(&mut self, event: EngineEvent) -> Result<(), ActorProcessingErr> {
         self.detector.frame(Instant::now());
         match event {
-            EngineEvent::Loading { progress } => tracing::debug!(worker = %self.name, progress, "engine loads"),
+            EngineEvent::Loading { progress } => {
+                tracing::debug!(worker = %self.name, progress, "engine loads")
+            }
             EngineEvent::Ready(info) => return self.engine_ready(info).await,
             EngineEvent::Step { step, tokens } => {
                 self.detector.step(step);
@@ -191,12 +226,20 @@ impl WorkerState {
             }
             EngineEvent::AttemptFailed { attempt, error } => {
                 if let Some(gateway) = self.in_flight.remove(&attempt) {
-                    self.tell(&gateway, PeerMessage::Refused { attempt, refusal: Refusal::Engine(error) });
+                    self.tell(
+                        &gateway,
+                        PeerMessage::Refused {
+                            attempt,
+                            refusal: Refusal::Engine(error),
+                        },
+                    );
                     self.in_flight_changed();
                 }
             }
             EngineEvent::Heartbeat(health) => self.heartbeat(health),
-            EngineEvent::Fatal { message } => return Err(self.give_up(LossCause::EngineExit, message).await),
+            EngineEvent::Fatal { message } => {
+                return Err(self.give_up(LossCause::EngineExit, message).await);
+            }
         }
         Ok(())
     }
@@ -226,7 +269,9 @@ impl WorkerState {
         let mut parts: Vec<(PeerId, Vec<StepToken>)> = Vec::new();
         for token in tokens {
             let attempt = token.attempt;
-            let Some(gateway) = self.in_flight.get(&attempt) else { continue };
+            let Some(gateway) = self.in_flight.get(&attempt) else {
+                continue;
+            };
             if token.finish.is_some() {
                 finished = true;
             }
@@ -250,17 +295,35 @@ impl WorkerState {
     async fn tick(&mut self) -> Result<(), ActorProcessingErr> {
         let now = Instant::now();
         if !self.ready && now.saturating_duration_since(self.started_at) > self.limits.start {
-            let detail = format!("not ready {} ms after its start", self.limits.start.as_millis());
+            let detail = format!(
+                "not ready {} ms after its start",
+                self.limits.start.as_millis()
+            );
             return Err(self.give_up(LossCause::EngineHang, detail).await);
         }
-        let Some(cause) = self.detector.tick(now) else { return Ok(()) };
+        let Some(cause) = self.detector.tick(now) else {
+            return Ok(());
+        };
         // A loading engine may be silent while the system reads its program and weights: the start limit holds then.
         if !self.ready {
             return Ok(());
         }
-        let limit = if cause == LossCause::EngineSilent { self.limits.silence } else { self.limits.stall };
-        let what = if cause == LossCause::EngineSilent { "no heartbeat" } else { "work, but no finished step" };
-        Err(self.give_up(cause, format!("{what} for more than {} ms", limit.as_millis())).await)
+        let limit = if cause == LossCause::EngineSilent {
+            self.limits.silence
+        } else {
+            self.limits.stall
+        };
+        let what = if cause == LossCause::EngineSilent {
+            "no heartbeat"
+        } else {
+            "work, but no finished step"
+        };
+        Err(self
+            .give_up(
+                cause,
+                format!("{what} for more than {} ms", limit.as_millis()),
+            )
+            .await)
     }
 
     /// Kills the engine, reports every attempt as lost, and makes the error that ends this worker.
@@ -276,7 +339,11 @@ impl WorkerState {
         // The replica's report goes out before the losses, so that no gateway routes an attempt right back here. A
         // replica that is itself stopping has said so already, and does not answer.
         if cause != LossCause::Stopped {
-            let told = |done| ReplicaMsg::WorkerEnding { cause, detail: detail.clone(), done };
+            let told = |done| ReplicaMsg::WorkerEnding {
+                cause,
+                detail: detail.clone(),
+                done,
+            };
             self.replica.call(told, Some(REPORT_DEADLINE)).await.ok();
         }
         self.report_lost(cause);
@@ -306,7 +373,9 @@ impl WorkerState {
     }
 
     fn in_flight_changed(&self) {
-        self.replica.cast(ReplicaMsg::InFlight(self.in_flight.len() as u32)).ok();
+        self.replica
+            .cast(ReplicaMsg::InFlight(self.in_flight.len() as u32))
+            .ok();
     }
 }
 
@@ -331,26 +400,40 @@ async fn read_events(mut socket: OwnedReadHalf, worker: ActorRef<WorkerMsg>) {
             Ok(read) => read,
         };
         if let Err(error) = decoder.feed(&buffer[..read]) {
-            worker.cast(WorkerMsg::EngineGone(LossCause::EngineProtocol, error.to_string())).ok();
+            worker
+                .cast(WorkerMsg::EngineGone(
+                    LossCause::EngineProtocol,
+                    error.to_string(),
+                ))
+                .ok();
             return;
         }
         loop {
             match decoder.next_frame::<EngineEvent>() {
                 Ok(Some(event)) => {
-                    let Ok(permit) = permits.clone().acquire_owned().await else { return };
+                    let Ok(permit) = permits.clone().acquire_owned().await else {
+                        return;
+                    };
                     if worker.cast(WorkerMsg::Engine(event, permit)).is_err() {
                         return;
                     }
                 }
                 Ok(None) => break,
                 Err(error) => {
-                    worker.cast(WorkerMsg::EngineGone(LossCause::EngineProtocol, error.to_string())).ok();
+                    worker
+                        .cast(WorkerMsg::EngineGone(
+                            LossCause::EngineProtocol,
+                            error.to_string(),
+                        ))
+                        .ok();
                     return;
                 }
             }
         }
     }
-    worker.cast(WorkerMsg::EngineGone(LossCause::EngineExit, String::new())).ok();
+    worker
+        .cast(WorkerMsg::EngineGone(LossCause::EngineExit, String::new()))
+        .ok();
 }
 
 /// Writes commands until the worker drops its end or the engine stops reading for good.
@@ -369,4 +452,3 @@ async fn write_commands(mut socket: OwnedWriteHalf, mut commands: mpsc::Receiver
         }
     }
 }
-

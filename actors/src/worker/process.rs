@@ -28,7 +28,11 @@ pub struct EngineSpec {
 
 impl EngineSpec {
     fn arguments(&self) -> Vec<String> {
-        let mut arguments: Vec<String> = vec!["serve".into(), "--model".into(), self.model_dir.display().to_string()];
+        let mut arguments: Vec<String> = vec![
+            "serve".into(),
+            "--model".into(),
+            self.model_dir.display().to_string(),
+        ];
         let mut add = |name: &str, value: String| arguments.extend([name.to_owned(), value]);
         add("--fd", ENGINE_FD.to_string());
         add("--dtype", self.dtype.clone());
@@ -66,13 +70,20 @@ impl EngineProcess {
     /// # Errors
     /// [`SpawnError`] if the program is missing, not executable, or the system has no room for it.
     pub fn spawn(spec: &EngineSpec) -> Result<(Self, UnixStream), SpawnError> {
-        let failed = |source| SpawnError { program: spec.program.display().to_string(), source };
+        let failed = |source| SpawnError {
+            program: spec.program.display().to_string(),
+            source,
+        };
         let (ours, theirs) = StdUnixStream::pair().map_err(failed)?;
         ours.set_nonblocking(true).map_err(failed)?;
         let theirs = OwnedFd::from(theirs);
         let fd = theirs.as_raw_fd();
         let mut command = Command::new(&spec.program);
-        command.args(spec.arguments()).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::inherit());
+        command
+            .args(spec.arguments())
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::inherit());
         // A group of its own: a Ctrl-C at the terminal is the node's to handle, and the whole group can be killed.
         command.process_group(0).kill_on_drop(true);
         // SAFETY: between fork and exec only async-signal-safe calls are made: dup2, fcntl and prctl.
@@ -89,7 +100,9 @@ impl EngineProcess {
         }
         let child = command.spawn().map_err(failed)?;
         drop(theirs);
-        let pid = child.id().ok_or_else(|| failed(std::io::Error::other("it ended at once")))?;
+        let pid = child
+            .id()
+            .ok_or_else(|| failed(std::io::Error::other("it ended at once")))?;
         let stream = UnixStream::from_std(ours).map_err(failed)?;
         Ok((Self { child, pid }, stream))
     }
@@ -123,5 +136,9 @@ impl Drop for EngineProcess {
 }
 
 fn check(result: i32) -> std::io::Result<()> {
-    if result == -1 { Err(std::io::Error::last_os_error()) } else { Ok(()) }
+    if result == -1 {
+        Err(std::io::Error::last_os_error())
+    } else {
+        Ok(())
+    }
 }

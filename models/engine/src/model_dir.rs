@@ -263,7 +263,7 @@ impl ChatFiles {
     }
 
     /// Special tokens by the names under which templates know them.
-    pub fn special_tokens<'a>(&'a self) -> impl Iterator<Item = (&'a str, &'a str)> {
+    pub fn special_tokens(&self) -> impl Iterator<Item = (&str, &str)> {
         let all = [
             ("bos_token", &self.bos_token),
             ("eos_token", &self.eos_token),

@@ -26,7 +26,7 @@ impl Dice {
         (uniform(self.seed, self.throws, 0, Domain::Token) * sides as f64) as usize
     }
 
-    pub fn pick<'a, T: Copy>(&mut self, of: &'a [T]) -> T {
+    pub fn pick<T: Copy>(&mut self, of: &[T]) -> T {
         of[self.throw(of.len())]
     }
 }

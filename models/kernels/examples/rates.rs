@@ -41,14 +41,26 @@ fn reading_rate(pool: &Pool) -> f64 {
 fn products(pool: &Pool) {
     let (n, k, copies) = (1536, 576, 24);
     let wide: Vec<f32> = (0..n * k).map(|i| (i % 13) as f32 * 0.01).collect();
-    let narrow: Vec<u16> = wide.iter().map(|value| understudy_kernels::f32_to_bf16(*value)).collect();
-    for (name, weights) in [("f32", WeightSlice::F32(&wide)), ("bf16", WeightSlice::Bf16(&narrow))] {
+    let narrow: Vec<u16> = wide
+        .iter()
+        .map(|value| understudy_kernels::f32_to_bf16(*value))
+        .collect();
+    for (name, weights) in [
+        ("f32", WeightSlice::F32(&wide)),
+        ("bf16", WeightSlice::Bf16(&narrow)),
+    ] {
         // Many copies, so that the caches do not hold them.
-        let layers: Vec<PackedLinear> = (0..copies).map(|_| PackedLinear::pack(weights, n, k)).collect();
+        let layers: Vec<PackedLinear> = (0..copies)
+            .map(|_| PackedLinear::pack(weights, n, k))
+            .collect();
         for rows in [1, 4, 8, 16, 32, 128] {
             let x = vec![0.5; rows * k];
             let mut y = vec![0.0; rows * n];
-            let seconds = median(|| layers.iter().for_each(|layer| layer.forward(pool, &x, rows, &mut y)));
+            let seconds = median(|| {
+                layers
+                    .iter()
+                    .for_each(|layer| layer.forward(pool, &x, rows, &mut y))
+            });
             let bytes: usize = layers.iter().map(PackedLinear::size_bytes).sum();
             println!(
                 "product {name:<4} {rows:>4} rows: {:>6.1} GB/s of weights, {:>6.0} GFLOP/s",
@@ -68,8 +80,12 @@ fn attention(pool: &Pool) {
         kv.write(table[position / BLOCK], position % BLOCK, &row, &row);
     }
     for rows in [1, 16, 256] {
-        let places: Vec<RowPlace<'_>> =
-            (length - rows..length).map(|position| RowPlace { table: &table, position }).collect();
+        let places: Vec<RowPlace<'_>> = (length - rows..length)
+            .map(|position| RowPlace {
+                table: &table,
+                position,
+            })
+            .collect();
         let q = vec![0.2; rows * heads * dim];
         let mut out = vec![0.0; q.len()];
         let seconds = median(|| attend(pool, &kv, &places, heads, &q, &mut out));
@@ -83,7 +99,10 @@ fn attention(pool: &Pool) {
 }
 
 fn main() {
-    let threads = std::env::args().nth(1).and_then(|text| text.parse().ok()).unwrap_or(1);
+    let threads = std::env::args()
+        .nth(1)
+        .and_then(|text| text.parse().ok())
+        .unwrap_or(1);
     let pool = Pool::new(threads);
     println!("{} threads, {}", pool.threads(), Isa::best().name());
     println!("plain reading: {:.1} GB/s", reading_rate(&pool));

@@ -259,7 +259,12 @@ mod tests {
         let pool = Pool::new(2);
         for _ in 0..20 {
             // Wait for the condition that the worker sleeps, not for a time.
+            let begun = std::time::Instant::now();
             while pool.shared.asleep.load(Ordering::SeqCst) == 0 {
+                assert!(
+                    begun.elapsed().as_secs() < 60,
+                    "the worker does not go to sleep"
+                );
                 std::thread::yield_now();
             }
             let barrier = std::sync::Barrier::new(2);

@@ -3,7 +3,7 @@
 
 /// High, middle and low part of pi / 2; their sum has about 150 bits.
 const HALF_PI: [f64; 3] = [
-    1.570_796_326_794_896_6,
+    std::f64::consts::FRAC_PI_2,
     6.123_233_995_736_766e-17,
     -1.497_384_904_859_169_8e-33,
 ];
@@ -79,9 +79,9 @@ fn ln_f64(base: f64) -> f64 {
     let s = (m - 1.0) / (m + 1.0);
     let z = s * s;
     // 1/(2i+1), highest first; s^2 < 0.03, so 13 terms reach f64's precision.
-    let series = (0..13)
-        .rev()
-        .fold(0.0, |sum: f64, i| sum.mul_add(z, 1.0 / f64::from(2 * i + 1)));
+    let series = (0..13).rev().fold(0.0, |sum: f64, i| {
+        sum.mul_add(z, 1.0 / f64::from(2 * i + 1))
+    });
     k.mul_add(std::f64::consts::LN_2, 2.0 * s * series)
 }
 
@@ -119,7 +119,10 @@ mod tests {
             assert!((f64::from(cos) - exact.1).abs() < 3.1e-8, "cos {angle}");
             differing += u32::from(sin != exact.0 as f32) + u32::from(cos != exact.1 as f32);
         }
-        assert!(differing <= 2, "{differing} results are rounded differently");
+        assert!(
+            differing <= 2,
+            "{differing} results are rounded differently"
+        );
         assert_eq!(sin_cos(0.0), (0.0, 1.0));
     }
 

@@ -179,9 +179,9 @@ fn check_version(library: &Path) -> Result<(), String> {
         line.split(['\'', '"']).nth(1).map(str::to_owned)
     });
     match version.as_deref().map(str::trim) {
-        Some(version) if !version.starts_with("2.11.") => {
-            Err(format!("it belongs to LibTorch {version}, but this engine needs 2.11"))
-        }
+        Some(version) if !version.starts_with("2.11.") => Err(format!(
+            "it belongs to LibTorch {version}, but this engine needs 2.11"
+        )),
         // A place that states no version: the dynamic loader has the last word.
         _ => Ok(()),
     }

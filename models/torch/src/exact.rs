@@ -24,7 +24,6 @@ pub fn values(tensor: &Tensor) -> &[f32] {
 }
 
 /// A new tensor, and its memory to write to.
-#[must_use]
 pub fn fresh(shape: &[i64], fill: impl FnOnce(&mut [f32])) -> Tensor {
     let tensor = Tensor::empty(shape, (Kind::Float, Device::Cpu));
     // SAFETY: just allocated, contiguous, and nobody else knows it. Uninitialised floats are written before they are read: each kernel
@@ -67,7 +66,6 @@ pub fn pack(weight: &Tensor) -> PackedLinear {
 }
 
 /// `[rows, in] -> [rows, out]`.
-#[must_use]
 pub fn linear(pool: &Pool, weight: &PackedLinear, bias: Option<&Tensor>, x: &Tensor) -> Tensor {
     let rows = x.numel() / weight.in_features();
     let out_features = weight.out_features();
@@ -82,7 +80,6 @@ pub fn linear(pool: &Pool, weight: &PackedLinear, bias: Option<&Tensor>, x: &Ten
 }
 
 /// Rows `ids` of a packed `[vocab, hidden]` matrix, `-> [rows, hidden]`.
-#[must_use]
 pub fn embed(weight: &PackedLinear, ids: &Tensor) -> Tensor {
     let ids: Vec<i64> = Vec::try_from(ids).expect("ids are a one-dimensional i64 tensor");
     let hidden = weight.in_features();
@@ -94,7 +91,6 @@ pub fn embed(weight: &PackedLinear, ids: &Tensor) -> Tensor {
 }
 
 /// Over the last dimension, `weight.numel()` long.
-#[must_use]
 pub fn rms_norm(pool: &Pool, x: &Tensor, weight: &Tensor, eps: f64) -> Tensor {
     fresh(&x.size(), |y| {
         kernels::rms_norm(pool, values(x), values(weight), eps as f32, y)
@@ -102,7 +98,6 @@ pub fn rms_norm(pool: &Pool, x: &Tensor, weight: &Tensor, eps: f64) -> Tensor {
 }
 
 /// `silu(gate) * up`.
-#[must_use]
 pub fn silu_mul(pool: &Pool, gate: &Tensor, up: &Tensor) -> Tensor {
     fresh(&gate.size(), |y| {
         kernels::silu_mul(pool, values(gate), values(up), y)
@@ -110,7 +105,6 @@ pub fn silu_mul(pool: &Pool, gate: &Tensor, up: &Tensor) -> Tensor {
 }
 
 /// Rotary embedding of `x`, `[rows, heads, head_dim]`; `cos` and `sin` hold `[rows, head_dim / 2]` values.
-#[must_use]
 pub fn rotate(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Tensor {
     let size = x.size();
     fresh(&size, |y| {

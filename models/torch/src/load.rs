@@ -132,7 +132,14 @@ pub fn load(
         Err(ModelDirError::Missing { .. }) => String::new(),
         Err(error) => return Err(error.into()),
     };
-    let weights = Weights { checkpoint: &checkpoint, dtype: options.dtype, device, exact, threads, tokenizer_hash };
+    let weights = Weights {
+        checkpoint: &checkpoint,
+        dtype: options.dtype,
+        device,
+        exact,
+        threads,
+        tokenizer_hash,
+    };
     let loaded = catch_unwind(AssertUnwindSafe(|| weights.model(config.clone())));
     let model = loaded
         .map_err(|panic| ModelError::LibTorch(panic_text(&*panic)))?

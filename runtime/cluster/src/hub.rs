@@ -304,12 +304,14 @@ impl Hub {
                 _ => return Err(SendError::NotConnected(to.clone())),
             }
         };
-        session
-            .offer(lane, payload)
-            .map_err(|full| SendError::Backlog {
+        match session.offer(lane, payload) {
+            Ok(()) => Ok(()),
+            Err(_) if session.phase() == Phase::Closed => Err(SendError::NotConnected(to.clone())),
+            Err(full) => Err(SendError::Backlog {
                 to: to.clone(),
                 queued_bytes: usize::try_from(full.0).unwrap_or(usize::MAX),
-            })
+            }),
+        }
     }
 
     /// A parcel has arrived from a peer.

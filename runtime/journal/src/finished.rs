@@ -27,7 +27,12 @@ pub struct FinishedStore {
 
 impl FinishedStore {
     pub fn new(retention: Retention) -> Self {
-        Self { retention, by_id: HashMap::new(), order: VecDeque::new(), bytes: 0 }
+        Self {
+            retention,
+            by_id: HashMap::new(),
+            order: VecDeque::new(),
+            bytes: 0,
+        }
     }
 
     /// Takes a closed log in; the oldest ones leave if the byte limit asks for it. A request larger than the whole
@@ -108,7 +113,10 @@ mod tests {
     #[test]
     fn the_oldest_leave_when_bytes_run_out() {
         let one = finished(1, 100).size_bytes();
-        let mut store = FinishedStore::new(Retention { max_age: Duration::from_secs(60), max_bytes: 2 * one });
+        let mut store = FinishedStore::new(Retention {
+            max_age: Duration::from_secs(60),
+            max_bytes: 2 * one,
+        });
         let now = Instant::now();
         for id in 1..=3 {
             store.insert(finished(id, 100), now);
@@ -118,16 +126,31 @@ mod tests {
         assert!(store.get(RequestId(3), now).is_some());
         assert_eq!(store.size_bytes(), 2 * one);
         store.insert(finished(4, 100_000), now);
-        assert_eq!(store.len(), 2, "what never fits must not push the others out");
+        assert_eq!(
+            store.len(),
+            2,
+            "what never fits must not push the others out"
+        );
     }
 
     #[test]
     fn age_ends_retention() {
-        let mut store = FinishedStore::new(Retention { max_age: Duration::from_secs(60), max_bytes: 1 << 20 });
+        let mut store = FinishedStore::new(Retention {
+            max_age: Duration::from_secs(60),
+            max_bytes: 1 << 20,
+        });
         let start = Instant::now();
         store.insert(finished(1, 1), start);
-        assert!(store.get(RequestId(1), start + Duration::from_secs(59)).is_some());
-        assert!(store.get(RequestId(1), start + Duration::from_secs(60)).is_none());
+        assert!(
+            store
+                .get(RequestId(1), start + Duration::from_secs(59))
+                .is_some()
+        );
+        assert!(
+            store
+                .get(RequestId(1), start + Duration::from_secs(60))
+                .is_none()
+        );
         assert_eq!((store.len(), store.size_bytes()), (0, 0));
     }
 }

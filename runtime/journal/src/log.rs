@@ -25,7 +25,8 @@ pub enum AppendError {
 impl TokenLog {
     /// The position that the next token must have.
     pub fn next_position(&self) -> Position {
-        Position::try_from(self.entries.len()).expect("a log is bounded by max_tokens, which is a u32")
+        Position::try_from(self.entries.len())
+            .expect("a log is bounded by max_tokens, which is a u32")
     }
 
     pub fn entries(&self) -> &[Entry] {
@@ -60,7 +61,10 @@ impl TokenLog {
     /// Logprobs of the last `count` tokens at most, oldest first, for the check of a replay.
     pub fn last_logprobs(&self, count: usize) -> Vec<f32> {
         let from = self.entries.len().saturating_sub(count);
-        self.entries[from..].iter().map(|entry| entry.logprob).collect()
+        self.entries[from..]
+            .iter()
+            .map(|entry| entry.logprob)
+            .collect()
     }
 
     /// Bytes of memory, for retention limits.
@@ -74,15 +78,31 @@ mod tests {
     use super::*;
 
     fn entry(id: u32) -> Entry {
-        Entry { id, logprob: -(id as f32), top: Vec::new() }
+        Entry {
+            id,
+            logprob: -(id as f32),
+            top: Vec::new(),
+        }
     }
 
     #[test]
     fn takes_the_next_position_only() {
         let mut log = TokenLog::default();
         log.append(0, entry(7)).unwrap();
-        assert_eq!(log.append(0, entry(7)), Err(AppendError::Repeated { position: 0, next: 1 }));
-        assert_eq!(log.append(2, entry(9)), Err(AppendError::Gap { position: 2, next: 1 }));
+        assert_eq!(
+            log.append(0, entry(7)),
+            Err(AppendError::Repeated {
+                position: 0,
+                next: 1
+            })
+        );
+        assert_eq!(
+            log.append(2, entry(9)),
+            Err(AppendError::Gap {
+                position: 2,
+                next: 1
+            })
+        );
         log.append(1, entry(8)).unwrap();
         assert_eq!(log.ids(), [7, 8]);
     }

@@ -60,6 +60,9 @@ impl FinishedRequest {
     /// Bytes of memory, for retention limits.
     pub fn size_bytes(&self) -> usize {
         let stops: usize = self.admission.stop.iter().map(String::len).sum();
-        size_of::<Self>() + self.admission.prompt.len() * size_of::<u32>() + stops + self.log.size_bytes()
+        size_of::<Self>()
+            + self.admission.prompt.len() * size_of::<u32>()
+            + stops
+            + self.log.size_bytes()
     }
 }

@@ -28,7 +28,7 @@ pub const fn max_decode_bytes(payload: usize) -> usize {
 }
 
 /// Longest part of a deserializer's complaint that is passed on, in bytes.
-const MAX_DETAIL_BYTES: usize = 200;
+const MAX_DETAIL_BYTES: usize = 400;
 
 /// A message that cannot be put into a frame.
 #[derive(Debug, thiserror::Error)]

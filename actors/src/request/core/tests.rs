@@ -39,7 +39,11 @@ fn admission(stop: &[&str]) -> Admission {
         request: RequestId(7),
         model: "m".into(),
         prompt: vec![0, 1],
-        sampling: Sampling { max_tokens: Some(8), seed: Some(3), ..Sampling::default() },
+        sampling: Sampling {
+            max_tokens: Some(8),
+            seed: Some(3),
+            ..Sampling::default()
+        },
         stop: stop.iter().map(|&s| s.to_owned()).collect(),
         include_stop: false,
         deadline_ms: 1000,
@@ -50,27 +54,46 @@ fn admission(stop: &[&str]) -> Admission {
 fn core(stop: &[&str]) -> RequestCore {
     let admission = admission(stop);
     let text = TextFold::new(model(), &admission).unwrap();
-    let mut core = RequestCore::new(admission, text, Settings { max_attempts: 3 }, Instant::now());
+    let mut core = RequestCore::new(
+        admission,
+        text,
+        Settings { max_attempts: 3 },
+        Instant::now(),
+    );
     core.start();
     core
 }
 
 fn token(epoch: u32, position: u32, id: u32) -> StepToken {
     let finish = (id == 9).then_some(frame::FinishReason::Stop);
-    let token = OutputToken { id, logprob: -0.5, top: Vec::new() };
-    StepToken { attempt: AttemptId { request: 7, epoch }, position, token, finish }
+    let token = OutputToken {
+        id,
+        logprob: -0.5,
+        top: Vec::new(),
+    };
+    StepToken {
+        attempt: AttemptId { request: 7, epoch },
+        position,
+        token,
+        finish,
+    }
 }
 
 fn at(name: &str) -> ReplicaRef {
     ReplicaRef {
         peer: PeerId::new(NodeName::new(name).unwrap(), 1),
-        replica: ReplicaId { model: "m".into(), index: 0 },
+        replica: ReplicaId {
+            model: "m".into(),
+            index: 0,
+        },
     }
 }
 
 fn shown(effects: &[Effect]) -> Vec<(u32, u32, String)> {
     let events = effects.iter().filter_map(|effect| match effect {
-        Effect::Emit(ServerMessage::Token(event)) => Some((event.position, event.id, event.text.clone())),
+        Effect::Emit(ServerMessage::Token(event)) => {
+            Some((event.position, event.id, event.text.clone()))
+        }
         _ => None,
     });
     events.collect()
@@ -78,13 +101,32 @@ fn shown(effects: &[Effect]) -> Vec<(u32, u32, String)> {
 
 fn terminals(effects: &[Effect]) -> Vec<&ServerMessage> {
     let is_end = |message: &&ServerMessage| {
-        matches!(message, ServerMessage::Finished { .. } | ServerMessage::Error { .. })
+        matches!(
+            message,
+            ServerMessage::Finished { .. } | ServerMessage::Error { .. }
+        )
     };
-    effects.iter().filter_map(|e| if let Effect::Emit(message) = e { Some(message) } else { None }).filter(is_end).collect()
+    effects
+        .iter()
+        .filter_map(|e| {
+            if let Effect::Emit(message) = e {
+                Some(message)
+            } else {
+                None
+            }
+        })
+        .filter(is_end)
+        .collect()
 }
 
 fn next_start(effects: &[Effect]) -> &StartAttempt {
-    let start = effects.iter().find_map(|e| if let Effect::Route { start, .. } = e { Some(start) } else { None });
+    let start = effects.iter().find_map(|e| {
+        if let Effect::Route { start, .. } = e {
+            Some(start)
+        } else {
+            None
+        }
+    });
     start.expect("a new attempt")
 }
 
@@ -98,9 +140,18 @@ fn tokens_are_shown_in_order_then_one_end() {
     effects.extend(core.tokens(vec![token(1, 2, 9)], now));
     let texts: String = shown(&effects).into_iter().map(|(.., text)| text).collect();
     assert_eq!(texts, " w2 w3");
-    assert_eq!(shown(&effects).iter().map(|s| s.0).collect::<Vec<_>>(), [0, 1, 2]);
+    assert_eq!(
+        shown(&effects).iter().map(|s| s.0).collect::<Vec<_>>(),
+        [0, 1, 2]
+    );
     let ends = terminals(&effects);
-    assert!(matches!(ends[..], [ServerMessage::Finished { finish_reason: FinishReason::Stop, .. }]));
+    assert!(matches!(
+        ends[..],
+        [ServerMessage::Finished {
+            finish_reason: FinishReason::Stop,
+            ..
+        }]
+    ));
     assert!(core.is_over());
 }
 
@@ -129,7 +180,13 @@ fn a_gap_starts_over_from_the_log() {
     core.tokens(vec![token(1, 0, 2)], now);
     let effects = core.tokens(vec![token(1, 2, 4), token(1, 3, 5)], now);
     assert!(shown(&effects).is_empty());
-    assert!(effects.contains(&Effect::Release { attempt: AttemptId { request: 7, epoch: 1 }, cancel: true }));
+    assert!(effects.contains(&Effect::Release {
+        attempt: AttemptId {
+            request: 7,
+            epoch: 1
+        },
+        cancel: true
+    }));
     assert_eq!(next_start(&effects).attempt.epoch, 2);
 }
 
@@ -142,11 +199,20 @@ fn nothing_is_shown_without_credit_and_nothing_is_lost_by_waiting() {
         effects.extend(core.tokens(vec![token(1, position, position)], now));
     }
     assert_eq!(shown(&effects).len(), 1);
-    assert_eq!(shown(&core.credit(2, 100)).iter().map(|s| s.0).collect::<Vec<_>>(), [1, 2]);
+    assert_eq!(
+        shown(&core.credit(2, 100))
+            .iter()
+            .map(|s| s.0)
+            .collect::<Vec<_>>(),
+        [1, 2]
+    );
     let end = core.tokens(vec![token(1, 5, 9)], now);
     assert!(terminals(&end).is_empty(), "the end comes after the tokens");
     let rest = core.credit(100, 100);
-    assert_eq!(shown(&rest).iter().map(|s| s.0).collect::<Vec<_>>(), [3, 4, 5]);
+    assert_eq!(
+        shown(&rest).iter().map(|s| s.0).collect::<Vec<_>>(),
+        [3, 4, 5]
+    );
     assert_eq!(terminals(&rest).len(), 1);
 }
 
@@ -160,8 +226,18 @@ fn stop_strings_cut_the_text_and_cancel_the_engine() {
     }
     let text: String = shown(&effects).into_iter().map(|(.., text)| text).collect();
     assert_eq!(text, " w2 ");
-    assert_eq!(core.committed(), 3, "what the engine made beyond the stop string never counts");
-    assert!(effects.contains(&Effect::Release { attempt: AttemptId { request: 7, epoch: 1 }, cancel: true }));
+    assert_eq!(
+        core.committed(),
+        3,
+        "what the engine made beyond the stop string never counts"
+    );
+    assert!(effects.contains(&Effect::Release {
+        attempt: AttemptId {
+            request: 7,
+            epoch: 1
+        },
+        cancel: true
+    }));
 }
 
 #[test]
@@ -172,7 +248,9 @@ fn held_back_text_comes_with_the_end() {
     effects.extend(core.tokens(vec![token(1, 0, 3)], now));
     effects.extend(core.tokens(vec![token(1, 1, 9)], now));
     let text: String = shown(&effects).into_iter().map(|(.., text)| text).collect();
-    let [ServerMessage::Finished { text: tail, .. }] = terminals(&effects)[..] else { panic!("one end") };
+    let [ServerMessage::Finished { text: tail, .. }] = terminals(&effects)[..] else {
+        panic!("one end")
+    };
     assert_eq!(text + tail, " w3");
 }
 
@@ -184,10 +262,15 @@ fn attempts_are_bounded() {
     assert!(terminals(&core.lost(1, LossCause::EngineExit, now)).is_empty());
     assert!(terminals(&core.lost(2, LossCause::NodeDown, now)).is_empty());
     let end = core.lost(3, LossCause::EngineExit, now);
-    let [ServerMessage::Error { error, .. }] = terminals(&end)[..] else { panic!("one end") };
+    let [ServerMessage::Error { error, .. }] = terminals(&end)[..] else {
+        panic!("one end")
+    };
     assert_eq!(error.code, ErrorCode::AttemptsExhausted);
     assert!(error.retriable);
-    assert!(core.lost(3, LossCause::EngineExit, now).is_empty(), "ended is ended");
+    assert!(
+        core.lost(3, LossCause::EngineExit, now).is_empty(),
+        "ended is ended"
+    );
     assert!(core.deadline(now).is_empty());
 }
 
@@ -196,9 +279,17 @@ fn a_full_engine_is_no_lost_attempt() {
     let now = Instant::now();
     let mut core = core(&[]);
     for _ in 0..20 {
-        let full = AttemptError::Full { running: 1, waiting: 1, limit: 2 };
+        let full = AttemptError::Full {
+            running: 1,
+            waiting: 1,
+            limit: 2,
+        };
         let effects = core.refused(core.epoch(), Refusal::Engine(full), now);
-        assert!(effects.iter().any(|e| matches!(e, Effect::Route { after, .. } if !after.is_zero())));
+        assert!(
+            effects
+                .iter()
+                .any(|e| matches!(e, Effect::Route { after, .. } if !after.is_zero()))
+        );
     }
     assert!(core.outcome().is_none());
 }
@@ -211,13 +302,22 @@ fn a_replica_that_computes_other_bits_is_avoided() {
     core.tokens(vec![token(1, 0, 2)], now);
     core.lost(1, LossCause::EngineExit, now);
     core.dispatched(2, at("b"), "f".into(), now);
-    let mismatch = AttemptError::ReplayMismatch { position: 0, expected: 1, actual: 2 };
+    let mismatch = AttemptError::ReplayMismatch {
+        position: 0,
+        expected: 1,
+        actual: 2,
+    };
     let effects = core.refused(2, Refusal::Engine(mismatch), now);
-    let Some(Effect::Route { avoid, fingerprint, .. }) = effects.iter().find(|e| matches!(e, Effect::Route { .. }))
+    let Some(Effect::Route {
+        avoid, fingerprint, ..
+    }) = effects.iter().find(|e| matches!(e, Effect::Route { .. }))
     else {
         panic!("a new attempt")
     };
-    assert_eq!((avoid.as_slice(), fingerprint.as_deref()), ([at("b")].as_slice(), Some("f")));
+    assert_eq!(
+        (avoid.as_slice(), fingerprint.as_deref()),
+        ([at("b")].as_slice(), Some("f"))
+    );
 }
 
 #[test]
@@ -226,8 +326,13 @@ fn the_deadline_names_the_stage() {
     let mut core = core(&[]);
     core.attach(1, 0, 0).unwrap();
     let effects = core.deadline(now);
-    let [ServerMessage::Error { error, .. }] = terminals(&effects)[..] else { panic!("one end") };
-    assert_eq!((error.code, error.stage.as_deref()), (ErrorCode::DeadlineExceeded, Some("queued")));
+    let [ServerMessage::Error { error, .. }] = terminals(&effects)[..] else {
+        panic!("one end")
+    };
+    assert_eq!(
+        (error.code, error.stage.as_deref()),
+        (ErrorCode::DeadlineExceeded, Some("queued"))
+    );
 }
 
 /// Whatever is lost, repeated, reordered between attempts, or reconnected: a viewer sees the fault-free stream.
@@ -239,7 +344,14 @@ fn every_seeded_storm_shows_the_same_stream() {
         let now = Instant::now();
         let admission = admission(&[]);
         let text = TextFold::new(model(), &admission).unwrap();
-        let mut core = RequestCore::new(admission, text, Settings { max_attempts: u32::MAX }, now);
+        let mut core = RequestCore::new(
+            admission,
+            text,
+            Settings {
+                max_attempts: u32::MAX,
+            },
+            now,
+        );
         core.start();
         let (mut seen, mut ends, mut stream) = (Vec::new(), 0, 1);
         let mut effects = core.attach(stream, 0, random.u32(0..4)).unwrap();
@@ -258,16 +370,25 @@ fn every_seeded_storm_shows_the_same_stream() {
                 2 => {
                     core.detach();
                     stream += 1;
-                    core.attach(stream, seen.len() as u32, random.u32(0..4)).unwrap()
+                    core.attach(stream, seen.len() as u32, random.u32(0..4))
+                        .unwrap()
                 }
                 // A zombie, or the current attempt; sometimes a message of it is lost on the way.
                 _ => {
-                    let of = if random.u8(0..4) == 0 { random.usize(1..=epoch) } else { epoch };
+                    let of = if random.u8(0..4) == 0 {
+                        random.usize(1..=epoch)
+                    } else {
+                        epoch
+                    };
                     let position = next[of].min(ids.len() as u32 - 1);
                     next[of] = position + 1;
                     let lost_on_the_way = random.u8(0..12) == 0;
                     let message = vec![token(of as u32, position, ids[position as usize])];
-                    if lost_on_the_way { Vec::new() } else { core.tokens(message, now) }
+                    if lost_on_the_way {
+                        Vec::new()
+                    } else {
+                        core.tokens(message, now)
+                    }
                 }
             };
         }
@@ -276,14 +397,24 @@ fn every_seeded_storm_shows_the_same_stream() {
             let position = core.committed();
             effects.extend(core.credit(8, 8));
             if core.outcome().is_none() {
-                effects.extend(core.tokens(vec![token(core.epoch(), position, ids[position as usize])], now));
+                effects.extend(core.tokens(
+                    vec![token(core.epoch(), position, ids[position as usize])],
+                    now,
+                ));
             }
             seen.extend(shown(&effects));
             ends += terminals(&effects).len();
             effects.clear();
         }
-        let expected: Vec<(u32, u32)> = ids.iter().enumerate().map(|(i, id)| (i as u32, *id)).collect();
-        let got: Vec<(u32, u32)> = seen.iter().map(|(position, id, _)| (*position, *id)).collect();
+        let expected: Vec<(u32, u32)> = ids
+            .iter()
+            .enumerate()
+            .map(|(i, id)| (i as u32, *id))
+            .collect();
+        let got: Vec<(u32, u32)> = seen
+            .iter()
+            .map(|(position, id, _)| (*position, *id))
+            .collect();
         assert_eq!((got, ends), (expected, 1), "seed {seed}");
     }
 }
@@ -296,7 +427,16 @@ fn a_closed_log_is_read_again_just_as_it_was() {
     for (position, id) in [2, 3, 4, 5].into_iter().enumerate() {
         first.extend(live.tokens(vec![token(1, position as u32, id)], now));
     }
-    let kept = first.iter().find_map(|e| if let Effect::Keep(kept) = e { Some(kept.clone()) } else { None }).unwrap();
+    let kept = first
+        .iter()
+        .find_map(|e| {
+            if let Effect::Keep(kept) = e {
+                Some(kept.clone())
+            } else {
+                None
+            }
+        })
+        .unwrap();
     let text = TextFold::new(model(), &kept.admission).unwrap();
     let mut again = RequestCore::finished(*kept, text, now);
     let second = again.attach(1, 0, 100).unwrap();
@@ -304,5 +444,8 @@ fn a_closed_log_is_read_again_just_as_it_was() {
     assert_eq!(terminals(&second), terminals(&first));
     assert!(again.is_over());
     let mut beyond = again;
-    assert_eq!(beyond.attach(1, 5, 1).unwrap_err().code, ErrorCode::InvalidRequest);
+    assert_eq!(
+        beyond.attach(1, 5, 1).unwrap_err().code,
+        ErrorCode::InvalidRequest
+    );
 }

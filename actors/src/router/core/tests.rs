@@ -8,7 +8,10 @@ use understudy_protocol::message::ReplicaStatus;
 use super::*;
 use crate::peer::ReplicaId;
 
-const LIMITS: Limits = Limits { no_replica_timeout: Duration::from_secs(10), max_waiting: 4 };
+const LIMITS: Limits = Limits {
+    no_replica_timeout: Duration::from_secs(10),
+    max_waiting: 4,
+};
 
 type Core = RouterCore<u32>;
 
@@ -25,8 +28,17 @@ fn report(index: u32, state: ReplicaState, fingerprint: &str) -> ReplicaReport {
         in_flight: 0,
         workers: Vec::new(),
     };
-    let replica = ReplicaId { model: Arc::from("m"), index };
-    ReplicaReport { replica, state, capacity: 2, fingerprint: fingerprint.into(), status }
+    let replica = ReplicaId {
+        model: Arc::from("m"),
+        index,
+    };
+    ReplicaReport {
+        replica,
+        state,
+        capacity: 2,
+        fingerprint: fingerprint.into(),
+        status,
+    }
 }
 
 fn route(request: u128, epoch: u32) -> Route<u32> {
@@ -49,7 +61,9 @@ fn dispatched(effects: &[Effect<u32>]) -> Vec<(String, u32)> {
     effects
         .iter()
         .filter_map(|effect| match effect {
-            Effect::Dispatch { to, reply, .. } => Some((format!("{}:{}", to.peer.node, to.replica), *reply)),
+            Effect::Dispatch { to, reply, .. } => {
+                Some((format!("{}:{}", to.peer.node, to.replica), *reply))
+            }
             _ => None,
         })
         .collect()
@@ -57,8 +71,16 @@ fn dispatched(effects: &[Effect<u32>]) -> Vec<(String, u32)> {
 
 fn two_hosts(now: Instant) -> Core {
     let mut core = Core::new(LIMITS);
-    core.report(&peer("a", 1), vec![report(0, ReplicaState::Ready, "f")], now);
-    core.report(&peer("b", 1), vec![report(1, ReplicaState::Ready, "f")], now);
+    core.report(
+        &peer("a", 1),
+        vec![report(0, ReplicaState::Ready, "f")],
+        now,
+    );
+    core.report(
+        &peer("b", 1),
+        vec![report(1, ReplicaState::Ready, "f")],
+        now,
+    );
     core
 }
 
@@ -75,8 +97,19 @@ fn work_is_spread_and_waits_when_all_are_full() {
     assert_eq!(counts.values().copied().collect::<Vec<i32>>(), [2, 2]);
     assert!(core.route(route(9, 1), now).is_empty());
     assert_eq!(core.waiting_count(), 1);
-    let freed = core.release(AttemptId { request: 0, epoch: 1 }, false, now);
-    assert_eq!(dispatched(&freed).len(), 1, "the place that was freed goes to the one that waits");
+    let freed = core.release(
+        AttemptId {
+            request: 0,
+            epoch: 1,
+        },
+        false,
+        now,
+    );
+    assert_eq!(
+        dispatched(&freed).len(),
+        1,
+        "the place that was freed goes to the one that waits"
+    );
 }
 
 #[test]
@@ -90,7 +123,11 @@ fn a_lost_node_loses_its_attempts_and_nothing_else() {
     let told: Vec<u32> = lost
         .iter()
         .filter_map(|effect| match effect {
-            Effect::Lost { cause: LossCause::NodeDown, reply, .. } => Some(*reply),
+            Effect::Lost {
+                cause: LossCause::NodeDown,
+                reply,
+                ..
+            } => Some(*reply),
             _ => None,
         })
         .collect();
@@ -103,13 +140,30 @@ fn a_lost_node_loses_its_attempts_and_nothing_else() {
 fn another_incarnation_is_another_place() {
     let now = Instant::now();
     let mut core = Core::new(LIMITS);
-    core.report(&peer("a", 1), vec![report(0, ReplicaState::Ready, "f")], now);
+    core.report(
+        &peer("a", 1),
+        vec![report(0, ReplicaState::Ready, "f")],
+        now,
+    );
     core.route(route(1, 1), now);
-    core.report(&peer("a", 2), vec![report(0, ReplicaState::Ready, "f")], now);
+    core.report(
+        &peer("a", 2),
+        vec![report(0, ReplicaState::Ready, "f")],
+        now,
+    );
     core.peer_down(&peer("a", 1), now);
     assert_eq!(core.running_count(), 0);
-    assert_eq!(dispatched(&core.route(route(1, 2), now)), [("a:m/0".to_owned(), 1)]);
-    let at = core.running(AttemptId { request: 1, epoch: 2 }).unwrap().0;
+    assert_eq!(
+        dispatched(&core.route(route(1, 2), now)),
+        [("a:m/0".to_owned(), 1)]
+    );
+    let at = core
+        .running(AttemptId {
+            request: 1,
+            epoch: 2,
+        })
+        .unwrap()
+        .0;
     assert_eq!(at.peer.incarnation, 2);
 }
 
@@ -117,11 +171,24 @@ fn another_incarnation_is_another_place() {
 fn only_the_same_numbers_go_on_with_a_log() {
     let now = Instant::now();
     let mut core = Core::new(LIMITS);
-    core.report(&peer("a", 1), vec![report(0, ReplicaState::Ready, "other")], now);
-    let wanted = Route { fingerprint: Some("mine".into()), ..route(1, 2) };
+    core.report(
+        &peer("a", 1),
+        vec![report(0, ReplicaState::Ready, "other")],
+        now,
+    );
+    let wanted = Route {
+        fingerprint: Some("mine".into()),
+        ..route(1, 2)
+    };
     assert!(core.route(wanted, now).is_empty());
     let late = now + LIMITS.no_replica_timeout;
-    assert!(matches!(&core.tick(late)[..], [Effect::Unroutable { reason: Unroutable::NoneMatches { .. }, .. }]));
+    assert!(matches!(
+        &core.tick(late)[..],
+        [Effect::Unroutable {
+            reason: Unroutable::NoneMatches { .. },
+            ..
+        }]
+    ));
 }
 
 #[test]
@@ -129,9 +196,27 @@ fn suspects_and_refusers_get_no_new_work() {
     let now = Instant::now();
     let mut core = two_hosts(now);
     core.suspect(&peer("a", 1), true, now);
-    assert_eq!(dispatched(&core.route(route(1, 1), now)), [("b:m/1".to_owned(), 1)]);
-    let refuser = ReplicaRef { peer: peer("b", 1), replica: ReplicaId { model: Arc::from("m"), index: 1 } };
-    assert!(core.route(Route { avoid: vec![refuser], ..route(2, 1) }, now).is_empty());
+    assert_eq!(
+        dispatched(&core.route(route(1, 1), now)),
+        [("b:m/1".to_owned(), 1)]
+    );
+    let refuser = ReplicaRef {
+        peer: peer("b", 1),
+        replica: ReplicaId {
+            model: Arc::from("m"),
+            index: 1,
+        },
+    };
+    assert!(
+        core.route(
+            Route {
+                avoid: vec![refuser],
+                ..route(2, 1)
+            },
+            now
+        )
+        .is_empty()
+    );
     let relieved = core.suspect(&peer("a", 1), false, now);
     assert_eq!(dispatched(&relieved), [("a:m/0".to_owned(), 2)]);
 }
@@ -142,17 +227,42 @@ fn waiting_ends_typed() {
     let mut core = Core::new(LIMITS);
     core.report(&peer("a", 1), vec![report(0, ReplicaState::Down, "")], now);
     let all_down = core.route(route(1, 1), now);
-    assert!(matches!(&all_down[..], [Effect::Unroutable { reason: Unroutable::AllDown { .. }, .. }]));
-    core.report(&peer("a", 1), vec![report(0, ReplicaState::Starting, "")], now);
+    assert!(matches!(
+        &all_down[..],
+        [Effect::Unroutable {
+            reason: Unroutable::AllDown { .. },
+            ..
+        }]
+    ));
+    core.report(
+        &peer("a", 1),
+        vec![report(0, ReplicaState::Starting, "")],
+        now,
+    );
     assert!(core.route(route(2, 1), now).is_empty());
-    assert!(core.tick(now + LIMITS.no_replica_timeout - Duration::from_millis(1)).is_empty());
+    assert!(
+        core.tick(now + LIMITS.no_replica_timeout - Duration::from_millis(1))
+            .is_empty()
+    );
     let late = core.tick(now + LIMITS.no_replica_timeout);
-    assert!(matches!(&late[..], [Effect::Unroutable { reason: Unroutable::NoneReady { .. }, .. }]));
+    assert!(matches!(
+        &late[..],
+        [Effect::Unroutable {
+            reason: Unroutable::NoneReady { .. },
+            ..
+        }]
+    ));
     for request in 3..7 {
         assert!(core.route(route(request, 1), now).is_empty());
     }
     let refused = core.route(route(8, 1), now);
-    assert!(matches!(&refused[..], [Effect::Unroutable { reason: Unroutable::TooManyWaiting { .. }, .. }]));
+    assert!(matches!(
+        &refused[..],
+        [Effect::Unroutable {
+            reason: Unroutable::TooManyWaiting { .. },
+            ..
+        }]
+    ));
 }
 
 #[test]
@@ -160,8 +270,14 @@ fn a_release_with_cancel_reaches_the_host_once() {
     let now = Instant::now();
     let mut core = two_hosts(now);
     core.route(route(1, 1), now);
-    let attempt = AttemptId { request: 1, epoch: 1 };
-    assert!(matches!(&core.release(attempt, true, now)[..], [Effect::Cancel { .. }]));
+    let attempt = AttemptId {
+        request: 1,
+        epoch: 1,
+    };
+    assert!(matches!(
+        &core.release(attempt, true, now)[..],
+        [Effect::Cancel { .. }]
+    ));
     assert!(core.release(attempt, true, now).is_empty());
     assert!(core.replicas().all(|(.., outstanding)| outstanding == 0));
 }
@@ -176,13 +292,28 @@ fn outstanding_always_equals_running() {
         for step in 0..200_u128 {
             match random.u32(0..6) {
                 0 | 1 => drop(core.route(route(step, 1), now)),
-                2 => drop(core.release(AttemptId { request: random.u128(0..=step), epoch: 1 }, random.bool(), now)),
+                2 => drop(core.release(
+                    AttemptId {
+                        request: random.u128(0..=step),
+                        epoch: 1,
+                    },
+                    random.bool(),
+                    now,
+                )),
                 3 => drop(core.peer_down(&peer("b", 1), now)),
-                4 => drop(core.report(&peer("b", 1), vec![report(1, ReplicaState::Ready, "f")], now)),
+                4 => drop(core.report(
+                    &peer("b", 1),
+                    vec![report(1, ReplicaState::Ready, "f")],
+                    now,
+                )),
                 _ => drop(core.suspect(&peer("a", 1), random.bool(), now)),
             }
             let outstanding: u32 = core.replicas().map(|(.., outstanding)| outstanding).sum();
-            assert_eq!(outstanding as usize, core.running_count(), "seed {seed}, step {step}");
+            assert_eq!(
+                outstanding as usize,
+                core.running_count(),
+                "seed {seed}, step {step}"
+            );
         }
     }
 }

@@ -120,7 +120,8 @@ impl Link {
             .store(totals.replayed_tokens, Relaxed);
     }
 
-    fn health(&self, nonce: u64) -> EngineHealth {
+    /// To be called with the writer locked: then a report that follows a step on the wire counts that step.
+    fn health(&self, nonce: u64, rss_bytes: u64) -> EngineHealth {
         let counters = &self.counters;
         EngineHealth {
             nonce,
@@ -132,20 +133,28 @@ impl Link {
             prompt_tokens: counters.prompt_tokens.load(Relaxed),
             generated_tokens: counters.generated_tokens.load(Relaxed),
             replayed_tokens: counters.replayed_tokens.load(Relaxed),
-            rss_bytes: rss_bytes(),
+            rss_bytes,
         }
+    }
+
+    /// Answers a ping.
+    fn pong(&self, nonce: u64) -> Result<(), CodecError> {
+        let rss_bytes = rss_bytes();
+        let mut writer = self.lock();
+        let health = self.health(nonce, rss_bytes);
+        writer.send(&EngineEvent::Heartbeat(health))
     }
 
     /// One periodic report: of the load while it lasts, of the engine's health after it.
     fn beat(&self, tick: u32) -> Result<(), CodecError> {
-        let health = self.health(0);
+        let rss_bytes = rss_bytes();
         let mut writer = self.lock();
         match writer.phase {
             Phase::Loading if tick.is_multiple_of(LOADING_EVERY) => {
                 let progress = f32::from_bits(self.counters.progress.load(Relaxed));
                 writer.send(&EngineEvent::Loading { progress })
             }
-            Phase::Ready => writer.send(&EngineEvent::Heartbeat(health)),
+            Phase::Ready => writer.send(&EngineEvent::Heartbeat(self.health(0, rss_bytes))),
             Phase::Loading | Phase::Over => Ok(()),
         }
     }
@@ -196,9 +205,7 @@ fn read_commands(socket: UnixStream, link: &Link, inbox: &Inbox) -> Result<(), C
                 }
             }
             EngineCommand::Cancel { attempt } => inbox.cancel(attempt),
-            EngineCommand::Ping { nonce } => {
-                link.send(&EngineEvent::Heartbeat(link.health(nonce)))?
-            }
+            EngineCommand::Ping { nonce } => link.pong(nonce)?,
             EngineCommand::Shutdown => return Ok(()),
         }
     }

@@ -41,7 +41,7 @@ pub struct TrainArgs {
     #[arg(long)]
     pub minutes: Option<f64>,
     /// Tokens of one step, padding aside
-    #[arg(long, default_value_t = 6144)]
+    #[arg(long, default_value_t = 4096)]
     pub tokens_per_step: usize,
     #[arg(long, default_value_t = 1)]
     pub seed: u64,

@@ -65,8 +65,6 @@ pub struct Script {
     pub forgets: bool,
     /// Resumed requests bear another seed.
     pub changes_seed: bool,
-    /// Streams that do not send before this is cleared.
-    pub paused: bool,
     pub submits: u32,
     pub resumes: u32,
     pub cancels: u32,
@@ -373,7 +371,7 @@ impl Connection {
     }
 
     fn step(&mut self, number: u32) -> Result<bool, Over> {
-        if self.hung || self.script.lock().unwrap().paused {
+        if self.hung {
             return Ok(false);
         }
         let Some(stream) = self.streams.get_mut(&number) else {

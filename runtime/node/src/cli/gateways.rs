@@ -40,6 +40,9 @@ pub struct GatewayArgs {
     /// Longest wait for a connection
     #[arg(long, value_name = "TIME", default_value = "5s", value_parser = parse_duration)]
     pub connect_timeout: Duration,
+    /// Longest time to try to get a stream back after its connection is lost
+    #[arg(long, value_name = "TIME", default_value = "30s", value_parser = parse_duration)]
+    pub recovery_timeout: Duration,
 }
 
 /// Where to connect, settled.
@@ -51,6 +54,8 @@ pub struct Gateways {
     pub token: Option<String>,
     /// Longest wait for a connection.
     pub connect_timeout: Duration,
+    /// Longest time to try to get a stream back.
+    pub recovery_timeout: Duration,
 }
 
 impl GatewayArgs {
@@ -85,6 +90,7 @@ impl GatewayArgs {
             addresses,
             token: self.token(environment, config_token_file)?,
             connect_timeout: self.connect_timeout,
+            recovery_timeout: self.recovery_timeout,
         })
     }
 

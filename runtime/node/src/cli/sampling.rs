@@ -18,19 +18,19 @@ pub struct SamplingArgs {
     #[arg(long, value_name = "N")]
     pub min_tokens: Option<u32>,
     /// 0 = always the most likely token; higher = more varied
-    #[arg(long, value_name = "T")]
+    #[arg(long, value_name = "T", allow_negative_numbers = true)]
     pub temperature: Option<f32>,
     /// Sample from the smallest set of tokens whose probabilities add up to P
-    #[arg(long, value_name = "P")]
+    #[arg(long, value_name = "P", allow_negative_numbers = true)]
     pub top_p: Option<f32>,
     /// Sample from the K most likely tokens
     #[arg(long, value_name = "K")]
     pub top_k: Option<u32>,
     /// Drop tokens less likely than P times the most likely one
-    #[arg(long, value_name = "P")]
+    #[arg(long, value_name = "P", allow_negative_numbers = true)]
     pub min_p: Option<f32>,
     /// Divide (or multiply) the logits of tokens seen before; 1 = off
-    #[arg(long, value_name = "X")]
+    #[arg(long, value_name = "X", allow_negative_numbers = true)]
     pub repetition_penalty: Option<f32>,
     /// Subtract X from the logit of each token that was generated already; 0 = off
     #[arg(long, value_name = "X", allow_negative_numbers = true)]

@@ -18,6 +18,7 @@ pub async fn connect(gateways: &Gateways) -> Result<Client, Failure> {
         token: gateways.token.clone(),
         client_name: concat!("understudy-cli/", env!("CARGO_PKG_VERSION")).to_owned(),
         connect_timeout: gateways.connect_timeout,
+        recovery_timeout: gateways.recovery_timeout,
         ..Options::default()
     };
     Client::connect(gateways.addresses.iter().cloned(), options)

@@ -136,6 +136,7 @@ mod tests {
             addresses: vec!["a:1".to_owned(), "b:2".to_owned()],
             token: token.map(str::to_owned),
             connect_timeout: Duration::from_secs(1),
+            recovery_timeout: Duration::from_secs(1),
         }
     }
 

@@ -135,11 +135,11 @@ pub fn stop(pid_file: &Path, grace: Duration) -> String {
 {{ read -r pid began < "$pid_file"; }} 2>/dev/null || {{ echo '{NOT_RUNNING}'; exit 0; }}
 if ! alive "$pid" "$began"; then rm -f "$pid_file"; echo '{NOT_RUNNING}'; exit 0; fi
 answer={STOPPED}
-kill -TERM "$pid" 2>/dev/null
+kill -s TERM -- "$pid" 2>/dev/null
 left={tenths}
 while alive "$pid" "$began" && [ "$left" -gt 0 ]; do sleep 0.1; left=$((left - 1)); done
 if alive "$pid" "$began"; then answer={KILLED}; fi
-kill -KILL -- "-$pid" 2>/dev/null
+kill -s KILL -- "-$pid" 2>/dev/null
 left=50
 while alive "$pid" "$began" && [ "$left" -gt 0 ]; do sleep 0.1; left=$((left - 1)); done
 rm -f "$pid_file"
@@ -173,8 +173,9 @@ mod tests {
 
     /// Runs a script as the other side would; exit status, standard output, standard error.
     fn sh(script: &str) -> (i32, String, String) {
-        let mut child = Command::new("sh")
-            .arg("-s")
+        // A script that hangs fails its test with `timeout`'s own status.
+        let mut child = Command::new("timeout")
+            .args(["20", "sh", "-s"])
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())

@@ -3,10 +3,11 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use tokio::io::{AsyncBufReadExt, BufReader};
 use understudy_protocol::ErrorCode;
 
 use crate::fake::{Cluster, Fault, Gateway, token};
-use crate::program::{Ran, run, run_piped, run_with, understudy};
+use crate::program::{Ran, finish, run, run_piped, run_with, understudy};
 
 /// The JSON line of the fake's token.
 fn token_line(seed: u64, position: u32) -> String {
@@ -119,6 +120,42 @@ async fn a_refused_request_says_why_and_whether_to_try_again() {
             ran.stderr
         );
     }
+}
+
+#[tokio::test]
+async fn a_gateway_lost_for_good_leaves_what_resume_needs() {
+    let cluster = Cluster::new(9);
+    let gateway = cluster.gateway().await;
+    gateway.fault(4, Fault::Hang);
+    let address = gateway.address.to_string();
+    let arguments = ["--prompt", "x", "--json", "--recovery-timeout", "100ms"];
+    let mut child = understudy()
+        .args(["generate", "--addr", &address])
+        .args(arguments)
+        .spawn()
+        .expect("the program starts");
+    let mut stdout = BufReader::new(child.stdout.take().expect("a pipe")).lines();
+    for _ in 0..4 {
+        stdout.next_line().await.expect("read").expect("a token");
+    }
+    gateway.kill();
+    let last = stdout.next_line().await.expect("read").expect("an error");
+    let last: serde_json::Value = serde_json::from_str(&last).expect("JSON");
+    assert_eq!(last["error"]["code"], "not_recovered");
+    assert_eq!(last["next_position"], 4);
+    let ran = finish(child).await;
+    assert_eq!(ran.status, Some(4), "{ran:?}");
+    let id = last["request_id"].as_str().expect("an id");
+    let command = format!("understudy resume {id} --next-position 4");
+    assert!(ran.stderr.contains(&command), "{}", ran.stderr);
+
+    let second = cluster.gateway().await;
+    let again = second.address.to_string();
+    let rest = run_with(&["resume", id, "--next-position", "4", "--addr", &again]).await;
+    assert_eq!(
+        (rest.status, rest.stdout.as_str()),
+        (Some(0), "t4 t5 t6 t7 t8 end\n")
+    );
 }
 
 #[tokio::test]

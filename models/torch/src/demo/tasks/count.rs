@@ -2,13 +2,16 @@
 
 use fastrand::Rng;
 
-use super::{Item, Piece, Task, held_out, piece};
+use super::{Item, Task, held_out, piece};
 
 /// The range that the model card promises.
 const MAX: u32 = 300;
 /// Above `MAX` only short counts occur, so that every number token is trained.
 const FAR_MAX: u32 = 999;
 const FAR_LENGTH: u32 = 40;
+
+/// Counts to this number or below are never held out: the only count to 1 is the one from 0.
+const ALWAYS_TRAINED: u32 = 10;
 
 const QUESTIONS: [&str; 8] = [
     "Count from {a} to {b}.",
@@ -26,34 +29,25 @@ pub fn counted(a: u32, b: u32) -> String {
     (a..=b).map(|n| format!(" {n}")).collect()
 }
 
-/// Successors are learned within minutes; the start, and stopping at `b`, are what takes practice.
-fn weighted(a: u32, b: u32) -> Vec<Piece> {
-    let (head, tail) = ((a + 1).min(b), b.saturating_sub(1).max(a + 1));
-    let mut pieces = vec![piece(counted(a, head - 1), 1.0)];
-    if head < tail {
-        pieces.push(piece(counted(head, tail - 1), 0.3));
-    }
-    pieces.push(piece(counted(tail.max(head), b), 1.0));
-    pieces
-}
-
 /// The question with phrasing number `phrasing` (any number).
 pub fn count_item(a: u32, b: u32, phrasing: usize) -> Item {
     let fill = |form: &str| {
         form.replace("{a}", &a.to_string())
             .replace("{b}", &b.to_string())
     };
+    // Every step weighs the same: going on and stopping are one decision, and a weight would bias it.
+    let answer = vec![piece(counted(a, b), 1.0)];
     Item {
         task: Task::Count,
         key: Some(key(a, b)),
         question: fill(QUESTIONS[phrasing % QUESTIONS.len()]),
-        answer: weighted(a, b),
+        answer: answer.clone(),
         raw_prompt: fill(if phrasing % 3 == 2 {
             "count from {a} to {b}:"
         } else {
             "Count from {a} to {b}:"
         }),
-        raw_answer: weighted(a, b),
+        raw_answer: answer,
     }
 }
 
@@ -64,20 +58,21 @@ fn key(a: u32, b: u32) -> String {
 pub(super) fn draw(rng: &mut Rng, examination: bool) -> Item {
     loop {
         let (a, b) = range(rng);
-        if held_out(&key(a, b)) == examination {
+        let kept = b > ALWAYS_TRAINED && held_out(&key(a, b));
+        if kept == examination {
             return count_item(a, b, rng.usize(..));
         }
     }
 }
 
-/// Short ranges for practice in stopping, long and full ones for distance; the mean length is about 60.
+/// Short ranges for practice in stopping, long and full ones for distance; the mean length is about 90.
 fn range(rng: &mut Rng) -> (u32, u32) {
     let length = match rng.u32(..100) {
-        0..40 => rng.u32(1..=10),
-        40..66 => log_uniform(rng, MAX),
-        66..78 => rng.u32(1..=MAX),
-        78..83 => rng.u32(MAX - 40..=MAX),
-        83..90 => {
+        0..25 => rng.u32(1..=10),
+        25..50 => log_uniform(rng, MAX),
+        50..80 => rng.u32(1..=MAX),
+        80..90 => rng.u32(MAX - 40..=MAX),
+        90..94 => {
             let length = rng.u32(1..=FAR_LENGTH);
             let a = rng.u32(0..=FAR_MAX - length);
             return (a, a + length);

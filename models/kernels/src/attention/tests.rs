@@ -1,0 +1,196 @@
+use super::*;
+use crate::testing::Random;
+
+fn bits(values: &[f32]) -> Vec<u32> {
+    values.iter().map(|v| v.to_bits()).collect()
+}
+
+/// One sequence's keys and values, in order, and a pool that holds them in shuffled blocks among garbage.
+struct Scene {
+    kv: KvBlocks,
+    table: Vec<u32>,
+    k: Vec<f32>,
+    v: Vec<f32>,
+    q: Vec<f32>,
+    heads: usize,
+    length: usize,
+}
+
+fn scene(random: &mut Random, kv_heads: usize, group: usize, dim: usize, length: usize) -> Scene {
+    let (heads, need) = (kv_heads * group, length.div_ceil(BLOCK));
+    let mut kv = KvBlocks::new(need + 3, kv_heads, dim);
+    for block in 0..need + 3 {
+        for offset in 0..BLOCK {
+            let garbage = vec![f32::NAN; kv_heads * dim];
+            kv.write(block as u32, offset, &garbage, &garbage);
+        }
+    }
+    let mut table: Vec<u32> = (0..need as u32 + 3).collect();
+    for i in (1..table.len()).rev() {
+        table.swap(i, random.below(i + 1));
+    }
+    let k = random.values(length * kv_heads * dim);
+    let v = random.values(length * kv_heads * dim);
+    let row = kv_heads * dim;
+    for p in 0..length {
+        kv.write(
+            table[p / BLOCK],
+            p % BLOCK,
+            &k[p * row..][..row],
+            &v[p * row..][..row],
+        );
+    }
+    let q = random
+        .values(length * heads * dim)
+        .iter()
+        .map(|x| x * 4.0)
+        .collect();
+    Scene {
+        kv,
+        table,
+        k,
+        v,
+        q,
+        heads,
+        length,
+    }
+}
+
+impl Scene {
+    fn run(&self, isa: Isa, threads: usize, rows: std::ops::Range<usize>) -> Vec<f32> {
+        let places: Vec<RowPlace<'_>> = rows
+            .clone()
+            .map(|position| RowPlace {
+                table: &self.table,
+                position,
+            })
+            .collect();
+        let row = self.heads * self.kv.head_dim();
+        let mut out = vec![f32::NAN; rows.len() * row];
+        let q = &self.q[rows.start * row..rows.end * row];
+        attend_on(
+            isa,
+            &Pool::new(threads),
+            &self.kv,
+            &places,
+            self.heads,
+            q,
+            &mut out,
+        );
+        out
+    }
+
+    /// The definition in f64.
+    fn exact(&self) -> Vec<f64> {
+        let (kv_heads, dim) = (self.kv.kv_heads(), self.kv.head_dim());
+        let mut out = Vec::new();
+        for row in 0..self.length {
+            for head in 0..self.heads {
+                let q = &self.q[(row * self.heads + head) * dim..][..dim];
+                let at = |p: usize| (p * kv_heads + head / (self.heads / kv_heads)) * dim;
+                let weights: Vec<f64> = (0..=row)
+                    .map(|p| {
+                        (0..dim)
+                            .map(|d| f64::from(q[d]) * f64::from(self.k[at(p) + d]))
+                            .sum::<f64>()
+                            / (dim as f64).sqrt()
+                    })
+                    .map(f64::exp)
+                    .collect();
+                let total: f64 = weights.iter().sum();
+                for d in 0..dim {
+                    out.push(
+                        (0..=row)
+                            .map(|p| weights[p] * f64::from(self.v[at(p) + d]))
+                            .sum::<f64>()
+                            / total,
+                    );
+                }
+            }
+        }
+        out
+    }
+}
+
+#[test]
+fn prefill_decode_paths_and_threads_agree_bit_for_bit_and_with_the_definition() {
+    let mut random = Random::new(7);
+    for (kv_heads, group, dim, length) in [
+        (1, 1, 2, 1),
+        (2, 3, 8, 17),
+        (1, 11, 6, 40),
+        (3, 2, 20, 33),
+        (2, 4, 64, 70),
+        (1, 8, 128, 19),
+    ] {
+        let scene = scene(&mut random, kv_heads, group, dim, length);
+        let whole = scene.run(Isa::Scalar, 1, 0..length);
+        for (got, exact) in whole.iter().zip(scene.exact()) {
+            assert!((f64::from(*got) - exact).abs() < 2e-6, "{got} {exact}");
+        }
+        let row = scene.heads * dim;
+        for &isa in Isa::available() {
+            for threads in [1, 2] {
+                assert_eq!(
+                    bits(&scene.run(isa, threads, 0..length)),
+                    bits(&whole),
+                    "{isa:?}, {threads} threads"
+                );
+                for _ in 0..5 {
+                    let start = random.below(length);
+                    let end = start + 1 + random.below(length - start);
+                    let part = scene.run(isa, threads, start..end);
+                    assert_eq!(
+                        bits(&part),
+                        bits(&whole[start * row..end * row]),
+                        "{isa:?} rows {start}..{end}"
+                    );
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn several_sequences_in_one_call_keep_apart() {
+    let mut random = Random::new(8);
+    let a = scene(&mut random, 2, 2, 16, 32);
+    let row = a.heads * 16;
+    // A second sequence: the same two blocks in the other order.
+    let other = [a.table[1], a.table[0]];
+    let place = |table, position| RowPlace { table, position };
+    let mut places: Vec<RowPlace<'_>> = [5, 29, 29, 3, 4, 0, 17]
+        .map(|p| place(&a.table, p))
+        .to_vec();
+    places.extend(
+        [6, 7, 18, 31]
+            .iter()
+            .flat_map(|p| [place(&other[..], *p), place(&a.table, *p)]),
+    );
+    let q = random.values(places.len() * row);
+    let mut together = vec![0.0; q.len()];
+    attend(&Pool::new(2), &a.kv, &places, a.heads, &q, &mut together);
+    for (i, place) in places.iter().enumerate() {
+        let mut alone = vec![0.0; row];
+        let q = &q[i * row..][..row];
+        attend(&Pool::new(1), &a.kv, &[*place], a.heads, q, &mut alone);
+        assert_eq!(bits(&together[i * row..][..row]), bits(&alone), "row {i}");
+    }
+}
+
+#[test]
+#[should_panic(expected = "no block for position 16")]
+fn a_table_too_short_is_refused() {
+    let kv = KvBlocks::new(4, 1, 2);
+    attend(
+        &Pool::new(1),
+        &kv,
+        &[RowPlace {
+            table: &[0],
+            position: 16,
+        }],
+        1,
+        &[0.0; 2],
+        &mut [0.0; 2],
+    );
+}

@@ -1,0 +1,326 @@
+//! Engines and nodes are killed and stopped while clients stream: nobody may notice.
+
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::Signal;
+use understudy_client::{ErrorCode, Request};
+use understudy_tests::wait::until;
+use understudy_tests::{Engine, TestCluster, TestClusterBuilder, collect, oracle, scrape};
+
+use super::requests::{assert_same, nth, refused, run_all};
+
+/// Streams at once, over two replicas.
+const STREAMS: u32 = 32;
+const TOKENS: u32 = 400;
+
+const SOON: Duration = Duration::from_secs(20);
+
+/// Kills come quickly here: what is tested is recovery, not the restart intensity.
+const PATIENT: &str = "[restart]\nintensity = 1000\nbackoff_initial_ms = 10\nbackoff_max_ms = 50\n[recovery]\nmax_attempts = 1000";
+
+fn fake() -> TestClusterBuilder {
+    TestClusterBuilder::new(Engine::Fake)
+        .step_ms(5)
+        .settings(PATIENT)
+}
+
+/// Runs all requests undisturbed, and once more with a fault in the middle; both must look the same to the clients.
+async fn with_fault(cluster: &mut TestCluster, fault: impl AsyncFnOnce(&mut TestCluster)) {
+    let client = cluster.client();
+    let expected = run_all(&client, STREAMS, TOKENS).await;
+    let disturbed = tokio::spawn({
+        let client = client.clone();
+        async move { run_all(&client, STREAMS, TOKENS).await }
+    });
+    until("streams on both replicas", SOON, || async {
+        let status = cluster.status().await?;
+        let busy = |replica: &understudy_protocol::message::ReplicaStatus| {
+            replica.workers.iter().any(|w| w.running > 4)
+        };
+        status.replicas.iter().all(busy).then_some(())
+    })
+    .await;
+    fault(cluster).await;
+    assert_same(&expected, &disturbed.await.expect("the streams"));
+}
+
+async fn recoveries(cluster: &TestCluster, label: &str) -> f64 {
+    let text = scrape::text(&cluster.metrics_address(0)).await;
+    scrape::sum(&text, "understudy_recoveries_total", label)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_engine_is_killed_under_32_streams() {
+    let mut cluster = fake().start_ready().await.expect("the fake engine");
+    with_fault(&mut cluster, async |cluster| {
+        let pid = cluster.engine_pid(1).await;
+        cluster.signal(pid, Signal::SIGKILL);
+    })
+    .await;
+    cluster.wait_ready().await;
+    assert_eq!(cluster.worker(1).await.restarts, 1);
+    assert!(recoveries(&cluster, "engine_exit").await > 0.0);
+    let text = scrape::text(&cluster.metrics_address(0)).await;
+    assert_eq!(
+        scrape::sum(&text, "understudy_recovery_stall_seconds_count", ""),
+        scrape::sum(&text, "understudy_recoveries_total", ""),
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_real_engine_is_killed_under_32_streams() {
+    let cluster = TestClusterBuilder::new(Engine::Real)
+        .settings(PATIENT)
+        .start_ready()
+        .await;
+    let Some(mut cluster) = cluster else { return };
+    with_fault(&mut cluster, async |cluster| {
+        let pid = cluster.engine_pid(0).await;
+        cluster.signal(pid, Signal::SIGKILL);
+    })
+    .await;
+    cluster.wait_ready().await;
+    assert!(recoveries(&cluster, "engine_exit").await > 0.0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_host_node_is_killed_and_comes_back() {
+    let mut cluster = fake().start_ready().await.expect("the fake engine");
+    let pid = cluster.engine_pid(1).await;
+    with_fault(&mut cluster, async |cluster| cluster.kill_node(1)).await;
+    assert!(recoveries(&cluster, "node_lost").await > 0.0);
+    until("an engine that died with its node", SOON, || async {
+        std::fs::metadata(format!("/proc/{pid}"))
+            .is_err()
+            .then_some(())
+    })
+    .await;
+    cluster.start_node(1);
+    cluster.wait_ready().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stopped_engine_is_found_and_replaced() {
+    let mut cluster = fake().start_ready().await.expect("the fake engine");
+    let pid = cluster.engine_pid(0).await;
+    let stopped = Instant::now();
+    with_fault(&mut cluster, async |cluster| {
+        cluster.signal(pid, Signal::SIGSTOP)
+    })
+    .await;
+    assert!(recoveries(&cluster, "engine_hang").await > 0.0);
+    assert!(stopped.elapsed() < SOON);
+    cluster.wait_ready().await;
+    assert_ne!(cluster.engine_pid(0).await, pid);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stopped_node_is_fenced_and_its_late_words_change_nothing() {
+    let mut cluster = fake().start_ready().await.expect("the fake engine");
+    let node = cluster.node_pid(1);
+    with_fault(&mut cluster, async |cluster| {
+        cluster.signal(node, Signal::SIGSTOP)
+    })
+    .await;
+    assert!(recoveries(&cluster, "node_lost").await > 0.0);
+    cluster.signal(node, Signal::SIGCONT);
+    // The node was declared dead: it has to come back as a new session, and then serve again.
+    cluster.wait_ready().await;
+    let client = cluster.client();
+    let once = run_all(&client, STREAMS, 20).await;
+    assert_same(&once, &run_all(&client, STREAMS, 20).await);
+}
+
+/// The model thread is stuck, while the heartbeat lives.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_hung_step_is_found_under_a_live_heartbeat() {
+    let marker = std::env::temp_dir().join(format!("understudy-hang-once-{}", std::process::id()));
+    std::fs::remove_file(&marker).ok();
+    let cluster = fake()
+        .settings("[failure_detector]\nengine_step_timeout_ms = 500")
+        .env("UNDERSTUDY_FAKE_HANG_AT_STEP", 60)
+        .env("UNDERSTUDY_FAKE_ONCE", marker.display())
+        .start_ready()
+        .await
+        .expect("the fake engine");
+    let client = cluster.client();
+    let disturbed = run_all(&client, 8, TOKENS).await;
+    assert!(marker.exists(), "the fault struck");
+    assert!(recoveries(&cluster, "engine_hang").await > 0.0);
+    // The fault strikes once: the second run is undisturbed.
+    assert_same(&run_all(&client, 8, TOKENS).await, &disturbed);
+    std::fs::remove_file(&marker).ok();
+}
+
+/// One stream, and a kill at each of its positions, prefill included.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_kill_at_every_position_does_not_show() {
+    const POSITIONS: u32 = 24;
+    let cluster = fake()
+        .step_ms(2)
+        .start_ready()
+        .await
+        .expect("the fake engine");
+    let client = cluster.client();
+    for kind in 0..super::requests::KINDS {
+        let expected = collect(&client, nth(kind, POSITIONS))
+            .await
+            .expect("the fault-free run");
+        for at in 0..=expected.ids.len() as u32 {
+            cluster.wait_ready().await;
+            let got = collect_with_kill(&cluster, nth(kind, POSITIONS), at).await;
+            assert_eq!(expected, got, "kind {kind}, kill at position {at}");
+        }
+    }
+}
+
+/// Kills the engine that serves the request as soon as the client has seen `at` tokens.
+async fn collect_with_kill(
+    cluster: &TestCluster,
+    mut request: Request,
+    at: u32,
+) -> oracle::Transcript {
+    use understudy_client::Event;
+    request.sampling.logprobs = true;
+    let pids = [cluster.engine_pid(0).await, cluster.engine_pid(1).await];
+    let mut stream = cluster.client().submit(request).await.expect("a stream");
+    let mut transcript: Option<oracle::Transcript> = None;
+    let (mut ids, mut logprob_bits, mut text) = (Vec::new(), Vec::new(), String::new());
+    let mut killed = false;
+    while let Some(event) = stream.next().await.expect("a stream without errors") {
+        match event {
+            Event::Accepted(_) => {}
+            Event::Token(token) => {
+                assert_eq!(token.position as usize, ids.len());
+                ids.push(token.id);
+                logprob_bits.push(token.logprob.expect("asked for").to_bits());
+                text.push_str(&token.text);
+            }
+            Event::Finished(end) => {
+                text.push_str(&end.text);
+                let (ids, logprob_bits, text) = (ids.clone(), logprob_bits.clone(), text.clone());
+                let (finish_reason, usage) = (end.finish_reason, end.usage);
+                transcript = Some(oracle::Transcript {
+                    ids,
+                    logprob_bits,
+                    text,
+                    finish_reason,
+                    usage,
+                });
+            }
+        }
+        if !killed && ids.len() as u32 >= at {
+            killed = true;
+            // One of the two serves it: killing both, one after the other, would also be survived, but take longer.
+            let serving = cluster.status().await.and_then(|status| {
+                let busy = status
+                    .replicas
+                    .into_iter()
+                    .find(|replica| replica.in_flight > 0)?;
+                busy.workers.first()?.engine_pid
+            });
+            cluster.signal(serving.unwrap_or(pids[0]), Signal::SIGKILL);
+        }
+    }
+    transcript.expect("a terminal event")
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn engines_that_cannot_start_fail_fast_and_cost_nothing() {
+    let cluster = TestClusterBuilder::new(Engine::Fake)
+        .settings("[restart]\nintensity = 3\nbackoff_initial_ms = 10\nbackoff_max_ms = 20")
+        .env("UNDERSTUDY_FAKE_FAIL_AT_START", 1)
+        .start()
+        .expect("the fake engine");
+    until("both replicas down", SOON, || async {
+        let status = cluster.status().await?;
+        let down = status.replicas.len() == 2
+            && status
+                .replicas
+                .iter()
+                .all(|replica| replica.state == "down");
+        down.then_some(())
+    })
+    .await;
+    let worker = cluster.worker(0).await;
+    assert_eq!(worker.restarts, 3, "the intensity bounds the restarts");
+    assert!(
+        worker
+            .last_error
+            .expect("a reason")
+            .contains("told to fail at start")
+    );
+    let client = cluster.client();
+    let asked = Instant::now();
+    assert_eq!(refused(&client, nth(0, 10)).await, ErrorCode::Unavailable);
+    assert!(
+        asked.elapsed() < Duration::from_secs(1),
+        "it fails fast, and does not wait for a replica"
+    );
+    let busy = cpu_share(cluster.node_pid(0), Duration::from_secs(2)).await;
+    assert!(
+        busy < 0.05,
+        "an idle node uses {:.1} % of a core",
+        busy * 100.0
+    );
+}
+
+/// The share of one core that a process uses over a time.
+async fn cpu_share(pid: u32, time: Duration) -> f64 {
+    let ticks = || {
+        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).expect("the process runs");
+        let fields: Vec<&str> = stat
+            .rsplit(')')
+            .next()
+            .expect("fields")
+            .split_whitespace()
+            .collect();
+        fields[11].parse::<f64>().expect("user time")
+            + fields[12].parse::<f64>().expect("system time")
+    };
+    let before = ticks();
+    // The measurement is the wait itself.
+    tokio::time::sleep(time).await;
+    // SAFETY: sysconf reads a constant of the system.
+    let per_second = unsafe { libc::sysconf(libc::_SC_CLK_TCK) } as f64;
+    (ticks() - before) / per_second / time.as_secs_f64()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stopping_host_hands_its_requests_over() {
+    let mut cluster = fake().start_ready().await.expect("the fake engine");
+    with_fault(&mut cluster, async |cluster| {
+        assert_eq!(cluster.stop_node(1, SOON).await, Some(0));
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn cancelled_and_abandoned_requests_free_their_places() {
+    let cluster = fake().start_ready().await.expect("the fake engine");
+    let client = cluster.client();
+    let mut streams = Vec::new();
+    for n in 0..STREAMS {
+        let mut stream = client.submit(nth(n * 6, 1000)).await.expect("a stream");
+        stream.next().await.expect("an event");
+        streams.push(stream);
+    }
+    streams
+        .iter_mut()
+        .step_by(2)
+        .for_each(|stream| stream.cancel());
+    drop(streams);
+    let freed = Instant::now();
+    until("free replicas", SOON, || async {
+        let status = cluster.status().await?;
+        let idle = status.requests_in_flight == 0
+            && status.replicas.iter().all(|replica| replica.in_flight == 0);
+        idle.then_some(())
+    })
+    .await;
+    assert!(
+        freed.elapsed() < Duration::from_secs(2),
+        "it took {:?}",
+        freed.elapsed()
+    );
+}

@@ -1,0 +1,8 @@
+//! Everything that needs real processes. One binary, so that it links once.
+
+mod architecture;
+mod clients;
+mod faults;
+mod metrics;
+mod requests;
+mod serving;

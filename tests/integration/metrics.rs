@@ -1,0 +1,146 @@
+//! Metrics: valid for Prometheus, and there.
+
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use understudy_tests::wait::until;
+use understudy_tests::{Engine, TestClusterBuilder, scrape};
+
+use super::requests::run_all;
+
+fn installed(program: &str) -> bool {
+    let there = Command::new(program)
+        .arg("--version")
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .status()
+        .is_ok();
+    if !there {
+        eprintln!("SKIPPED: {program} is not installed (Debian's package prometheus has it)");
+    }
+    there
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn names_that_dashboards_read_are_there_and_valid() {
+    let cluster = TestClusterBuilder::new(Engine::Fake)
+        .start_ready()
+        .await
+        .expect("fake");
+    run_all(&cluster.client(), 8, 20).await;
+    let gateway = scrape::text(&cluster.metrics_address(0)).await;
+    // Engines count their tokens in their heartbeats.
+    let host = until("counted tokens", Duration::from_secs(10), || async {
+        let text = scrape::text(&cluster.metrics_address(1)).await;
+        (scrape::sum(&text, "vllm:generation_tokens_total", "") > 0.0).then_some(text)
+    })
+    .await;
+    for name in [
+        "vllm:time_to_first_token_seconds_count",
+        "vllm:inter_token_latency_seconds_count",
+        "vllm:e2e_request_latency_seconds_count",
+        "vllm:request_success_total",
+    ] {
+        assert!(
+            scrape::sum(&gateway, name, "model_name=\"demo\"") > 0.0,
+            "{name} in\n{gateway}"
+        );
+    }
+    for name in [
+        "vllm:num_requests_running",
+        "vllm:num_requests_waiting",
+        "vllm:kv_cache_usage_perc",
+    ] {
+        assert!(host.contains(name), "{name} in\n{host}");
+    }
+    assert!(gateway.contains("understudy_node_info{"), "{gateway}");
+    if installed("promtool") {
+        for text in [gateway, host] {
+            let mut check = Command::new("promtool")
+                .args(["check", "metrics"])
+                .stdin(Stdio::piped())
+                .stdout(Stdio::piped())
+                .stderr(Stdio::piped())
+                .spawn()
+                .expect("promtool runs");
+            std::io::Write::write_all(&mut check.stdin.take().expect("piped"), text.as_bytes())
+                .expect("promtool reads");
+            let output = check.wait_with_output().expect("promtool ends");
+            let said = String::from_utf8_lossy(&output.stderr).into_owned()
+                + &String::from_utf8_lossy(&output.stdout);
+            // It also comments on style; only what it cannot read fails. vllm's own names are not to its taste.
+            assert!(!said.contains("error while linting"), "{said}");
+            let complaints: Vec<&str> = said
+                .lines()
+                .filter(|line| !line.is_empty() && !line.starts_with("vllm:"))
+                .collect();
+            assert!(complaints.is_empty(), "{complaints:?}");
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_real_prometheus_scrapes_every_node() {
+    if !installed("prometheus") {
+        return;
+    }
+    let cluster = TestClusterBuilder::new(Engine::Fake)
+        .start_ready()
+        .await
+        .expect("fake");
+    run_all(&cluster.client(), 4, 10).await;
+    let directory =
+        std::env::temp_dir().join(format!("understudy-prometheus-{}", std::process::id()));
+    std::fs::create_dir_all(&directory).expect("a directory");
+    let config = directory.join("prometheus.yml");
+    let (a, b) = (cluster.metrics_address(0), cluster.metrics_address(1));
+    let yaml = format!(
+        "global: {{scrape_interval: 1s}}\nscrape_configs:\n  - job_name: understudy\n    static_configs: [{{targets: ['{a}', '{b}']}}]\n"
+    );
+    std::fs::write(&config, yaml).expect("a configuration");
+    let port = std::net::TcpListener::bind("127.0.0.1:0")
+        .and_then(|l| l.local_addr())
+        .expect("a port")
+        .port();
+    let mut server = Command::new("prometheus")
+        .arg(format!("--config.file={}", config.display()))
+        .arg(format!(
+            "--storage.tsdb.path={}",
+            directory.join("data").display()
+        ))
+        .arg(format!("--web.listen-address=127.0.0.1:{port}"))
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .expect("prometheus starts");
+    let found = tokio::time::timeout(
+        Duration::from_secs(40),
+        until("scraped nodes", Duration::from_secs(39), || async {
+            let up = query(port, "sum(up)").await?;
+            let tokens = query(
+                port,
+                "sum(%7B__name__=%22vllm:generation_tokens_total%22%7D)",
+            )
+            .await?;
+            (up.contains("\"2\"") && tokens.contains("\"value\"")).then_some(())
+        }),
+    )
+    .await;
+    server.kill().ok();
+    server.wait().ok();
+    std::fs::remove_dir_all(&directory).ok();
+    found.expect("prometheus scrapes both nodes");
+}
+
+async fn query(port: u16, expression: &str) -> Option<String> {
+    let mut socket = tokio::net::TcpStream::connect(("127.0.0.1", port))
+        .await
+        .ok()?;
+    let request =
+        format!("GET /api/v1/query?query={expression} HTTP/1.0\r\nHost: localhost\r\n\r\n");
+    socket.write_all(request.as_bytes()).await.ok()?;
+    let mut answer = String::new();
+    socket.read_to_string(&mut answer).await.ok()?;
+    answer.starts_with("HTTP/1.0 200").then_some(answer)
+}
