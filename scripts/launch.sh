@@ -76,15 +76,8 @@ fi
 
 "$ROOT/scripts/setup.sh" --quiet ${setup[@]+"${setup[@]}"}
 
-# A build that has nothing to do should not be seen. One that has shows Cargo's progress (on a first run: minutes).
-if [[ ! -x "$understudy" ]]; then
-    step "Building (the first time takes a few minutes)"
-fi
-if [[ -t 2 ]]; then
-    build_binaries
-else
-    # Cargo's progress bar is for terminals; its "Compiling" lines are for logs. "Finished" alone is no news.
-    build_binaries 2>&1 | { grep -v '^ *Finished' || true; } >&2
-fi
+# Cargo shows its progress: a bar on a terminal, a line for each crate elsewhere.
+[[ -x "$understudy" ]] || step "Building (the first time takes some minutes)"
+build_binaries
 
 exec "$understudy" up ${config:+"$config"} ${detach:+"$detach"} ${sample:+"$sample"} --via "$via"

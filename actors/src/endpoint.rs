@@ -2,14 +2,16 @@
 //!
 //! Reports go to every node: at once when a replica's state changes, otherwise every [`REPORT_INTERVAL`].
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use ractor::{Actor, ActorProcessingErr, ActorRef};
 use understudy_cluster::PeerId;
 use understudy_engine_core::frame::{AttemptId, StartAttempt};
 
-use crate::peer::{Links, PeerMessage, Refusal, ReplicaId, ReplicaReport};
+use understudy_telemetry::record;
+
+use crate::peer::{Links, PeerMessage, Refusal, ReplicaId, ReplicaReport, ReplicaState};
 use crate::worker::WorkerMsg;
 
 /// How often load figures are sent to gateways.
@@ -112,7 +114,10 @@ impl Actor for Endpoint {
                     }
                 }
             }
-            EndpointMsg::Tick => state.links.broadcast(&state.report()),
+            EndpointMsg::Tick => {
+                state.measure();
+                state.links.broadcast(&state.report());
+            }
         }
         Ok(())
     }
@@ -144,6 +149,24 @@ impl EndpointState {
                     },
                 )
                 .ok();
+        }
+    }
+
+    fn measure(&self) {
+        let states = [
+            (ReplicaState::Starting, record::ReplicaState::Starting),
+            (ReplicaState::Ready, record::ReplicaState::Ready),
+            (ReplicaState::Backoff, record::ReplicaState::Backoff),
+            (ReplicaState::Down, record::ReplicaState::Down),
+        ];
+        let models: BTreeSet<&str> = self.replicas.keys().map(|id| &*id.model).collect();
+        for model in models {
+            for (state, label) in states {
+                let here = |(id, entry): &(&ReplicaId, &Entry)| {
+                    *id.model == *model && entry.report.state == state
+                };
+                record::replicas(model, label, self.replicas.iter().filter(here).count());
+            }
         }
     }
 

@@ -42,7 +42,7 @@ const RESUME_TRIES: u32 = 5;
 /// What a session is told.
 #[derive(Debug)]
 pub enum SessionMsg {
-    Inbound(ClientMessage, OwnedSemaphorePermit),
+    Inbound(Box<ClientMessage>, OwnedSemaphorePermit),
     /// Reader or writer ended.
     Closed,
     /// The terminal event of a stream is on its way.
@@ -113,7 +113,7 @@ impl Actor for Session {
         state: &mut SessionState,
     ) -> Result<(), ActorProcessingErr> {
         match message {
-            SessionMsg::Inbound(message, _permit) => state.inbound(&me, message).await,
+            SessionMsg::Inbound(message, _permit) => state.inbound(&me, *message).await,
             SessionMsg::Closed => me.stop(None),
             SessionMsg::StreamEnded { stream, request } => {
                 if state
@@ -195,7 +195,7 @@ impl SessionState {
             ClientMessage::Ping { nonce } => {
                 self.outbox.answer(ServerMessage::Pong { nonce }).await;
             }
-            ClientMessage::Status {} => self.status().await,
+            ClientMessage::Status {} => self.status(me).await,
             // The reader answers it.
             ClientMessage::Hello { .. } => {}
         }
@@ -317,16 +317,23 @@ impl SessionState {
         }
     }
 
-    async fn status(&self) {
-        let message = match self.shared.status().await {
-            Ok(status) => ServerMessage::Status(status),
-            Err(error) => ServerMessage::Error {
-                stream: None,
-                request: None,
-                error,
-            },
-        };
-        self.outbox.answer(message).await;
+    async fn status(&self, me: &ActorRef<SessionMsg>) {
+        match self.shared.status().await {
+            Ok(status) => {
+                self.outbox.answer(ServerMessage::Status(status)).await;
+            }
+            Err(error) => {
+                // An error without a stream is the connection's end.
+                let (stream, request) = (None, None);
+                let message = ServerMessage::Error {
+                    stream,
+                    request,
+                    error,
+                };
+                self.outbox.answer(message).await;
+                me.stop(None);
+            }
+        }
     }
 
     async fn refuse(&self, stream: u32, request: Option<RequestId>, error: ErrorBody) {
@@ -406,7 +413,13 @@ impl Inbound {
                 .next_frame()
                 .map_err(|e| ErrorBody::new(e.code(), e.to_string()))?
             {
-                let message = codec::decode_client(&frame)?;
+                let message = match codec::decode_client(&frame) {
+                    Ok(message) => message,
+                    Err(error) => {
+                        self.undecodable(&frame, error).await?;
+                        continue;
+                    }
+                };
                 let step = self
                     .rules
                     .lock()
@@ -429,7 +442,11 @@ impl Inbound {
                         let Ok(permit) = permits.clone().acquire_owned().await else {
                             return Ok(());
                         };
-                        if self.me.cast(SessionMsg::Inbound(message, permit)).is_err() {
+                        if self
+                            .me
+                            .cast(SessionMsg::Inbound(Box::new(message), permit))
+                            .is_err()
+                        {
                             return Ok(());
                         }
                     }
@@ -468,6 +485,37 @@ impl Inbound {
                 }
             }
         }
+    }
+}
+
+impl Inbound {
+    /// A message whose fields are wrong ends its own stream only, if it names a new one; anything else is an error of
+    /// the connection.
+    async fn undecodable(&self, frame: &[u8], error: ErrorBody) -> Result<(), ErrorBody> {
+        if error.code != ErrorCode::InvalidRequest {
+            return Err(error);
+        }
+        let Some(stream) = codec::stream_of(frame) else {
+            return Err(error);
+        };
+        let (greeted, in_flight) = {
+            let rules = self.rules.lock().unwrap_or_else(PoisonError::into_inner);
+            (rules.is_greeted(), rules.is_in_flight(stream))
+        };
+        if !greeted || in_flight {
+            return Err(ErrorBody {
+                code: ErrorCode::OutOfOrder,
+                ..error
+            });
+        }
+        record::request_error(error.code.as_str());
+        let message = ServerMessage::Error {
+            stream: Some(stream),
+            request: None,
+            error,
+        };
+        self.outbox.answer(message).await;
+        Ok(())
     }
 }
 

@@ -94,7 +94,7 @@ settings! {
         /// Requests in flight at one gateway; more are refused as overloaded.
         Cluster max_requests_in_flight: u32 = whole(1..=1_000_000), preset(1024);
         /// Token events that a client may let itself be sent ahead of reading, per request.
-        Cluster max_credit: u32 = whole(1..=1_048_576), preset(65_536);
+        Cluster max_credit: u32 = whole(1..=1_048_576), preset(4_096);
         /// Time for a new connection to complete its handshake.
         Cluster handshake_timeout_ms: u64 = whole(10..=DAY_MS), preset(5_000);
         /// A connection without requests that says nothing for this long is closed.

@@ -68,7 +68,8 @@ async fn bad_requests_are_refused_with_a_code_and_a_reason() {
         change(&mut request);
         request
     };
-    let invalid: [(&str, &dyn Fn(&mut Request)); 9] = [
+    type Change<'a> = &'a dyn Fn(&mut Request);
+    let invalid: [(&str, Change<'_>); 9] = [
         ("temperature", &|r| r.sampling.temperature = Some(-1.0)),
         ("temperature", &|r| r.sampling.temperature = Some(f32::NAN)),
         ("top_p", &|r| r.sampling.top_p = Some(0.0)),

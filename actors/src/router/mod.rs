@@ -10,6 +10,8 @@ use understudy_engine_core::frame::AttemptId;
 use understudy_protocol::ErrorCode;
 use understudy_protocol::message::{ClusterStatus, NodeStatus, ReplicaStatus};
 
+use understudy_telemetry::record;
+
 use crate::peer::{Links, LossCause, PeerMessage, Refusal, ReplicaReport};
 use crate::request::RequestMsg;
 
@@ -135,7 +137,10 @@ impl Actor for Router {
                 reply.send(state.status()).ok();
                 Vec::new()
             }
-            RouterMsg::Tick => state.core.tick(now),
+            RouterMsg::Tick => {
+                state.measure();
+                state.core.tick(now)
+            }
         };
         state.carry_out(effects);
         Ok(())
@@ -237,6 +242,21 @@ impl RouterState {
         }
     }
 
+    fn measure(&self) {
+        record::requests_in_flight(self.core.running_count() + self.core.waiting_count());
+        let peers = self.links.cluster().peers();
+        let count = |state: PeerState| peers.iter().filter(|peer| peer.state == state).count();
+        record::peers(record::PeerState::Alive, count(PeerState::Alive));
+        record::peers(record::PeerState::Suspect, count(PeerState::Suspect));
+        let lost = count(PeerState::Dead) + count(PeerState::NeverSeen);
+        record::peers(record::PeerState::Dead, lost);
+        for peer in peers {
+            if let Some(silence) = peer.last_heard {
+                record::peer_silence(peer.address.node.as_str(), silence);
+            }
+        }
+    }
+
     fn status(&self) -> ClusterStatus {
         ClusterStatus {
             cluster: self.identity.cluster.clone(),
@@ -266,7 +286,7 @@ impl RouterState {
             name: me.node.to_string(),
             incarnation: format!("{:x}", me.incarnation),
             state: "self".into(),
-            roles: roles(&me.node.to_string()),
+            roles: roles(me.node.as_ref()),
             address: self.links.cluster().local_addr().to_string(),
             last_heard_ms: None,
         }];

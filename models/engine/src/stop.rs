@@ -10,7 +10,7 @@
 /// Stop strings that one request may have.
 pub const MAX_STOP_STRINGS: usize = 16;
 /// Length of one, in bytes; also bounds what is held back.
-pub const MAX_STOP_BYTES: usize = 1024;
+pub const MAX_STOP_BYTES: usize = 256;
 
 /// Stop strings that cannot be served.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]

@@ -8,7 +8,7 @@ use understudy_kernels::{
     f32_to_f16, ln, rms_norm, rope, rotate, silu_mul,
 };
 
-const DIGEST: u64 = 0x___;
+const DIGEST: u64 = 0x9329_183d_db0c_821b;
 
 /// Deterministic inputs in [-1, 1).
 struct Inputs(u64);
@@ -56,7 +56,7 @@ fn products(inputs: &mut Inputs, pool: &Pool, hash: u64) -> u64 {
 }
 
 fn attention(inputs: &mut Inputs, pool: &Pool, hash: u64) -> u64 {
-    let (kv_heads, heads, dim, length) = (2, 6, 22, 75);
+    let (kv_heads, heads, dim, length) = (2, 6, 22, 75_usize);
     let mut kv = KvBlocks::new(length.div_ceil(BLOCK), kv_heads, dim);
     let table: Vec<u32> = (0..length.div_ceil(BLOCK) as u32).rev().collect();
     for position in 0..length {

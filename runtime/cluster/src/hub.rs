@@ -6,7 +6,6 @@
 //! while its session is open *and* the consumer has been told so; closing a session empties its inbox, and its number
 //! is forgotten, so that whatever else arrives for it is dropped and counted.
 
-use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -19,12 +18,13 @@ use tokio::sync::Notify;
 use crate::bridge::PortMessage;
 use crate::clock::{Clock, Life};
 use crate::cluster::SendError;
-use crate::detector::{Action, Detector};
-use crate::event::{ClusterEvent, DownCause, PeerState, PeerView};
+use crate::detector::Action;
+use crate::event::{ClusterEvent, DownCause, PeerView};
 use crate::handshake::{Agreed, Refusal};
-use crate::identity::{NodeName, PeerAddress, PeerId};
-use crate::membership::{Change, Latest, Membership, may_enter};
+use crate::identity::{NodeName, PeerId};
+use crate::membership::{Latest, may_enter};
 use crate::parcel::{self, Lane, Record, Records};
+use crate::roster::State;
 use crate::session::{Phase, Session, lock};
 use crate::settings::{ClusterSettings, Limits, MAX_PAYLOAD_BYTES};
 use crate::telemetry;
@@ -44,65 +44,18 @@ pub(crate) struct Hub {
     fenced: AtomicU64,
 }
 
-struct State {
-    peers: BTreeMap<NodeName, Slot>,
-    sessions: HashMap<u64, Arc<Session>>,
-    /// Closed sessions that the node server may still know.
-    lingering: HashMap<u64, Arc<Session>>,
-    detector: Detector,
-    /// Some membership may have something to tell.
-    changed: bool,
-    /// Open sessions with something to deliver, each once.
-    deliverable: VecDeque<u64>,
-    leaving: bool,
-}
-
-struct Slot {
-    address: PeerAddress,
-    membership: Membership,
-    /// The session that is opening or open.
-    current: Option<Arc<Session>>,
-    /// The one before it.
-    previous: Option<Arc<Session>>,
-    latest: Option<Latest>,
-    /// The last run that was in session.
-    last: Option<PeerId>,
-    last_heard: Option<Duration>,
-}
-
 impl Hub {
     pub(crate) fn new(settings: &ClusterSettings) -> Self {
         let others = settings
             .peers
             .iter()
             .filter(|peer| peer.node != settings.node);
-        let slot = |address: &PeerAddress| Slot {
-            address: address.clone(),
-            membership: Membership::default(),
-            current: None,
-            previous: None,
-            latest: None,
-            last: None,
-            last_heard: None,
-        };
-        let state = State {
-            peers: others
-                .clone()
-                .map(|peer| (peer.node.clone(), slot(peer)))
-                .collect(),
-            sessions: HashMap::new(),
-            lingering: HashMap::new(),
-            detector: Detector::new(settings.detector),
-            changed: false,
-            deliverable: VecDeque::new(),
-            leaving: false,
-        };
         Self {
             me: PeerId::new(settings.node.clone(), settings.incarnation),
             clock: Clock::start(),
             limits: settings.limits,
             order: others.map(|peer| peer.node.clone()).collect(),
-            state: Mutex::new(state),
+            state: Mutex::new(State::new(settings)),
             news: Notify::new(),
             progress: Notify::new(),
             fenced: AtomicU64::new(0),
@@ -466,97 +419,6 @@ impl Hub {
             .filter(|session| session.phase() == Phase::Open)
             .cloned()
             .collect()
-    }
-}
-
-impl State {
-    fn list(&mut self, session: &Session) {
-        if !session.listed.swap(true, Ordering::Relaxed) {
-            self.deliverable.push_back(session.id);
-        }
-    }
-
-    fn next_event(&mut self) -> Option<(ClusterEvent, Option<Arc<Session>>)> {
-        if let Some(change) = self.next_change() {
-            return Some((change, None));
-        }
-        while let Some(id) = self.deliverable.pop_front() {
-            let Some(session) = self.sessions.get(&id).cloned() else {
-                continue;
-            };
-            session.listed.store(false, Ordering::Relaxed);
-            let slot = self.peers.get(&session.peer.node);
-            if !slot.is_some_and(|slot| slot.membership.is_told(id)) {
-                // Listed again as soon as the consumer is told.
-                continue;
-            }
-            if let Some((payload, acknowledge)) = session.take() {
-                let event = ClusterEvent::Message {
-                    from: session.peer.clone(),
-                    payload,
-                };
-                if !session.is_drained() {
-                    self.list(&session);
-                }
-                return Some((event, acknowledge.then_some(session)));
-            }
-        }
-        None
-    }
-
-    fn next_change(&mut self) -> Option<ClusterEvent> {
-        if !self.changed {
-            return None;
-        }
-        let mut slots = self.peers.values_mut();
-        let change = slots.find_map(|slot| {
-            slot.membership
-                .next_change()
-                .map(|change| (change, slot.current.clone()))
-        });
-        let Some((change, current)) = change else {
-            self.changed = false;
-            return None;
-        };
-        Some(match change {
-            Change::Up(peer) => {
-                // It may have been faster than the news of it.
-                current
-                    .iter()
-                    .filter(|session| !session.is_drained())
-                    .for_each(|session| self.list(session));
-                ClusterEvent::Up { peer }
-            }
-            Change::Suspect(peer) => ClusterEvent::Suspect { peer },
-            Change::Alive(peer) => ClusterEvent::Alive { peer },
-            Change::Down(peer, cause) => ClusterEvent::Down { peer, cause },
-        })
-    }
-}
-
-impl Slot {
-    fn view(&self, now: Duration) -> PeerView {
-        let open = self.membership.actual();
-        let state = match open {
-            Some(standing) if standing.suspected => PeerState::Suspect,
-            Some(_) => PeerState::Alive,
-            None if self.last.is_some() => PeerState::Dead,
-            None => PeerState::NeverSeen,
-        };
-        let current = self.current.as_ref().filter(|_| open.is_some());
-        let heard = current
-            .map(|session| session.life.heard())
-            .or(self.last_heard);
-        PeerView {
-            address: self.address.clone(),
-            id: self.last.clone(),
-            state,
-            last_heard: heard.map(|heard| now.saturating_sub(heard)),
-            send_queue_bytes: current.map_or(0, |session| {
-                usize::try_from(session.backlog()).unwrap_or(usize::MAX)
-            }),
-            receive_queue_bytes: current.map_or(0, |session| session.untaken()),
-        }
     }
 }
 

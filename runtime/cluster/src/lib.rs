@@ -19,6 +19,7 @@ mod membership;
 mod node;
 mod outbox;
 mod parcel;
+mod roster;
 mod session;
 mod settings;
 mod telemetry;

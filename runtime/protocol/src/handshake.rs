@@ -73,6 +73,11 @@ impl ConnectionRules {
         self.state == State::Greeted
     }
 
+    /// Whether the stream is in flight.
+    pub fn is_in_flight(&self, stream: u32) -> bool {
+        self.in_flight.contains(&stream)
+    }
+
     /// Streams in flight.
     pub fn streams(&self) -> usize {
         self.in_flight.len()

@@ -180,14 +180,14 @@ impl Node {
         self.next(said, patience)
     }
 
-    /// The next log line that contains this.
+    /// Waits for a log line that contains this. It may have come before: the log and what is said are two streams.
     pub fn expect_log(&mut self, part: &str) {
-        let found = self.next(
-            |line| (line.starts_with("log ") && line.contains(part)).then(String::new),
-            PATIENCE,
-        );
+        let found = self.heard.iter().any(|line| line.contains(part))
+            || self
+                .next(|line| line.contains(part).then(String::new), PATIENCE)
+                .is_some();
         assert!(
-            found.is_some(),
+            found,
             "{} did not log {part:?}, but:\n{}",
             self.id,
             self.heard.join("\n")

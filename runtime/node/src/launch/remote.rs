@@ -102,8 +102,8 @@ impl Ssh {
             feed(&mut child, script).await;
             let (mut out, mut err) = (Vec::new(), Vec::new());
             let (stdout, stderr) = (child.stdout.take(), child.stderr.take());
-            let read = |pipe: Option<_>| pipe.map(|pipe| limited(pipe));
-            let (stdout, stderr) = (read(stdout), stderr.map(|pipe| limited(pipe)));
+            let read = |pipe: Option<_>| pipe.map(limited);
+            let (stdout, stderr) = (read(stdout), stderr.map(limited));
             let (_, _) = tokio::join!(
                 async {
                     if let Some(mut pipe) = stdout {
