@@ -27,8 +27,8 @@ die() {
 
 have() { command -v "$1" >/dev/null 2>&1; }
 
-# The two binaries that everything else here starts.
+# The two binaries that everything else here starts. From the root: cargo and rustup look for .cargo/config.toml (which names
+# LibTorch) and rust-toolchain.toml from the current folder upwards, wherever the manifest is.
 build_binaries() {
-    # Cargo's own progress bar shows on a terminal; elsewhere its one line per crate is the progress.
-    cargo build --release --manifest-path "$ROOT/Cargo.toml" -p understudy-node -p understudy-torch
+    (cd -- "$ROOT" && cargo build --release -p understudy-node -p understudy-torch)
 }

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use ractor::{Actor, ActorId, ActorProcessingErr, ActorRef, SupervisionEvent};
 
@@ -12,6 +12,9 @@ use crate::replica::{ReplicaArgs, ReplicaSupervisor};
 use crate::restart::{Decision, RestartPolicy, RestartSettings};
 use crate::worker::WorkerLimits;
 use crate::worker::process::EngineSpec;
+
+/// How long the replicas may take to stop, all together.
+const STOP_DEADLINE: Duration = Duration::from_secs(3);
 
 /// What a deployment supervisor is told.
 #[derive(Debug)]
@@ -117,7 +120,7 @@ impl Actor for DeploymentSupervisor {
         me: ActorRef<DeploymentMsg>,
         _state: &mut DeploymentState,
     ) -> Result<(), ActorProcessingErr> {
-        me.stop_children_and_wait(None, None).await;
+        me.stop_children_and_wait(None, Some(STOP_DEADLINE)).await;
         Ok(())
     }
 }

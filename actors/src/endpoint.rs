@@ -5,14 +5,14 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
-use ractor::{Actor, ActorProcessingErr, ActorRef};
+use ractor::{Actor, ActorProcessingErr, ActorRef, RpcReplyPort};
 use understudy_cluster::PeerId;
 use understudy_engine_core::frame::{AttemptId, StartAttempt};
 
 use understudy_telemetry::record;
 
-use crate::peer::{Links, PeerMessage, Refusal, ReplicaId, ReplicaReport, ReplicaState};
-use crate::worker::WorkerMsg;
+use crate::peer::{Links, PeerMessage, ReplicaId, ReplicaReport, ReplicaState};
+use crate::worker::{Offer, WorkerMsg};
 
 /// How often load figures are sent to gateways.
 const REPORT_INTERVAL: Duration = Duration::from_millis(200);
@@ -25,6 +25,8 @@ pub enum EndpointMsg {
         report: Box<ReplicaReport>,
         worker: Option<ActorRef<WorkerMsg>>,
         urgent: bool,
+        /// Answered once an urgent report is on its way to every gateway.
+        published: Option<RpcReplyPort<()>>,
     },
     Dispatch {
         gateway: PeerId,
@@ -81,6 +83,7 @@ impl Actor for Endpoint {
                 report,
                 worker,
                 urgent,
+                published,
             } => {
                 state.replicas.insert(
                     report.replica.clone(),
@@ -91,6 +94,9 @@ impl Actor for Endpoint {
                 );
                 if urgent {
                     state.links.broadcast(&state.report());
+                }
+                if let Some(published) = published {
+                    published.send(()).ok();
                 }
             }
             EndpointMsg::Dispatch {
@@ -129,26 +135,10 @@ impl EndpointState {
     }
 
     fn dispatch(&self, gateway: PeerId, replica: &ReplicaId, start: StartAttempt) {
-        let attempt = start.attempt;
-        let taken = self.worker(replica).is_some_and(|worker| {
-            worker
-                .cast(WorkerMsg::Dispatch {
-                    gateway: gateway.clone(),
-                    start,
-                })
-                .is_ok()
-        });
-        if !taken {
-            // A gateway that cannot hear this is down, and starts over when it is back.
-            self.links
-                .send(
-                    &gateway,
-                    PeerMessage::Refused {
-                        attempt,
-                        refusal: Refusal::NotReady,
-                    },
-                )
-                .ok();
+        let offer = Offer::new(self.links.clone(), gateway, start);
+        // Without a worker, or with one that has ended, the offer is dropped, and thereby refused.
+        if let Some(worker) = self.worker(replica) {
+            worker.cast(WorkerMsg::Dispatch(offer)).ok();
         }
     }
 

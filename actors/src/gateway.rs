@@ -19,6 +19,9 @@ use crate::session::{Session, SessionArgs, SessionMsg};
 /// Pause after the system refused to give us a connection (it ran out of file descriptors, say).
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
+/// How long the sessions may take to stop, all together.
+const STOP_DEADLINE: Duration = Duration::from_secs(2);
+
 /// What a client should wait before it tries a full gateway again, in milliseconds.
 const RETRY_AFTER_MS: u64 = 500;
 
@@ -34,6 +37,9 @@ pub struct GatewayShared {
     pub write_timeout: Duration,
     pub admission: Admissions,
     pub surroundings: Surroundings,
+    /// One permit a connection.
+    pub connections: Arc<Semaphore>,
+    pub max_connections: usize,
     pub max_requests: usize,
     /// One permit a request in flight.
     pub places: Arc<Semaphore>,
@@ -63,6 +69,12 @@ impl GatewayShared {
         })
     }
 
+    /// Tells metrics how many connections there are.
+    pub fn count_connections(&self) {
+        let free = self.connections.available_permits();
+        record::connections(self.max_connections.saturating_sub(free));
+    }
+
     pub fn in_flight(&self) -> usize {
         self.max_requests
             .saturating_sub(self.places.available_permits())
@@ -86,7 +98,6 @@ local_message!(GatewayMsg);
 
 pub struct GatewayArgs {
     pub listener: TcpListener,
-    pub max_connections: usize,
     pub shared: Arc<GatewayShared>,
 }
 
@@ -107,7 +118,7 @@ impl Actor for Gateway {
         me: ActorRef<GatewayMsg>,
         args: GatewayArgs,
     ) -> Result<GatewayState, ActorProcessingErr> {
-        let acceptor = tokio::spawn(accept(args.listener, args.max_connections, me));
+        let acceptor = tokio::spawn(accept(args.listener, args.shared.clone(), me));
         Ok(GatewayState {
             shared: args.shared,
             acceptor,
@@ -164,21 +175,21 @@ impl Actor for Gateway {
         state: &mut GatewayState,
     ) -> Result<(), ActorProcessingErr> {
         state.acceptor.abort();
-        me.stop_children_and_wait(None, None).await;
+        me.stop_children_and_wait(None, Some(STOP_DEADLINE)).await;
         Ok(())
     }
 }
 
 /// Accepts connections while there are places; the others wait in the system's queue.
-async fn accept(listener: TcpListener, max_connections: usize, gateway: ActorRef<GatewayMsg>) {
-    let places = Arc::new(Semaphore::new(max_connections));
+async fn accept(listener: TcpListener, shared: Arc<GatewayShared>, gateway: ActorRef<GatewayMsg>) {
+    let places = shared.connections.clone();
     loop {
         let Ok(permit) = places.clone().acquire_owned().await else {
             return;
         };
         match listener.accept().await {
             Ok((socket, peer)) => {
-                record::connections(max_connections - places.available_permits());
+                shared.count_connections();
                 if gateway
                     .cast(GatewayMsg::Accepted(socket, peer, permit))
                     .is_err()

@@ -106,6 +106,6 @@ fn hand_out(requests: &HashMap<RequestId, ActorRef<RequestMsg>>, tokens: Vec<Ste
         fenced += u64::from(!delivered);
     }
     if fenced > 0 {
-        (0..fenced).for_each(|_| record::fenced_message());
+        record::fenced_messages(record::FenceSource::Hub, fenced);
     }
 }

@@ -21,7 +21,7 @@ use understudy_protocol::message::Limits;
 
 use crate::admission::Admissions;
 use crate::cluster::{ClusterActor, ClusterArgs, Listeners};
-use crate::deployment::{DeploymentArgs, DeploymentSupervisor};
+use crate::deployment::{DeploymentArgs, DeploymentMsg, DeploymentSupervisor};
 use crate::endpoint::{Endpoint, EndpointMsg};
 use crate::gateway::{Gateway, GatewayArgs, GatewayMsg, GatewayShared};
 use crate::hub::{Hub, HubMsg};
@@ -38,6 +38,9 @@ const DRAIN_POLL: Duration = Duration::from_millis(20);
 
 /// How long a stopping node waits for its last words to reach its clients.
 const LAST_WORDS: Duration = Duration::from_secs(1);
+
+/// How long actors may take to stop before the node ends without them.
+const STOP_DEADLINE: Duration = Duration::from_secs(4);
 
 /// What a node supervisor is told.
 #[derive(Debug)]
@@ -72,6 +75,7 @@ pub struct NodeState {
     grace: Duration,
     gateway: Option<ActorRef<GatewayMsg>>,
     hub: Option<ActorRef<HubMsg>>,
+    deployments: Vec<ActorRef<DeploymentMsg>>,
 }
 
 impl Actor for NodeSupervisor {
@@ -127,9 +131,10 @@ impl Actor for NodeSupervisor {
             },
         )
         .await?;
+        let mut supervisors = Vec::new();
         if let Some(endpoint) = endpoint {
             for deployment in deployments(&config, placed, &engine, &links, &endpoint) {
-                spawn(&me, DeploymentSupervisor, deployment).await?;
+                supervisors.push(spawn(&me, DeploymentSupervisor, deployment).await?);
             }
         }
         let grace = Duration::from_millis(config.gateway.shutdown_grace_ms);
@@ -140,6 +145,7 @@ impl Actor for NodeSupervisor {
             grace,
             gateway,
             hub,
+            deployments: supervisors,
         })
     }
 
@@ -183,9 +189,16 @@ impl Actor for NodeSupervisor {
     async fn post_stop(
         &self,
         me: ActorRef<NodeMsg>,
-        _state: &mut NodeState,
+        state: &mut NodeState,
     ) -> Result<(), ActorProcessingErr> {
-        me.stop_children_and_wait(None, None).await;
+        // Hosts first: their replicas' last reports and losses go out while the way to the gateways is open.
+        for deployment in &state.deployments {
+            deployment
+                .stop_and_wait(None, Some(STOP_DEADLINE))
+                .await
+                .ok();
+        }
+        me.stop_children_and_wait(None, Some(STOP_DEADLINE)).await;
         Ok(())
     }
 }
@@ -243,13 +256,14 @@ impl Front {
             write_timeout: Duration::from_millis(settings.write_timeout_ms),
             admission: parts.admission,
             surroundings: surroundings.clone(),
+            connections: Arc::new(Semaphore::new(settings.max_connections as usize)),
+            max_connections: settings.max_connections as usize,
             max_requests: settings.max_requests_in_flight as usize,
             places: Arc::new(Semaphore::new(settings.max_requests_in_flight as usize)),
             stopping: AtomicBool::new(false),
         };
         let args = GatewayArgs {
             listener: parts.listener,
-            max_connections: settings.max_connections as usize,
             shared: Arc::new(shared),
         };
         let gateway = spawn(me, Gateway, args).await?;

@@ -4,7 +4,7 @@
 //! per stream, `max_streams` streams), each stream has one terminal event, and answers to the client's own questions
 //! take one of [`MAX_ANSWERS`] permits, so that a client that asks but does not read stops being heard.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use understudy_protocol::handshake::ConnectionRules;
@@ -20,7 +20,7 @@ pub struct Outgoing {
     pub permit: Option<OwnedSemaphorePermit>,
 }
 
-/// The rules of a connection, shared between its reader, which asks them, and its outbox, which tells them of streams
+/// The rules of a connection, shared between its reader, which asks them, and its writer, which tells them of streams
 /// that ended.
 pub type SharedRules = Arc<Mutex<ConnectionRules>>;
 
@@ -29,17 +29,15 @@ pub type SharedRules = Arc<Mutex<ConnectionRules>>;
 pub struct Outbox {
     queue: mpsc::UnboundedSender<Outgoing>,
     answers: Arc<Semaphore>,
-    rules: SharedRules,
 }
 
 impl Outbox {
-    pub fn new(rules: SharedRules) -> (Self, mpsc::UnboundedReceiver<Outgoing>) {
+    pub fn new() -> (Self, mpsc::UnboundedReceiver<Outgoing>) {
         let (queue, receiver) = mpsc::unbounded_channel();
         (
             Self {
                 queue,
                 answers: Arc::new(Semaphore::new(MAX_ANSWERS)),
-                rules,
             },
             receiver,
         )
@@ -47,28 +45,13 @@ impl Outbox {
 
     /// For events that the client's credit, or a stream's end, already pays for. Returns whether the connection lives.
     pub fn send(&self, message: ServerMessage) -> bool {
-        self.put(message, None)
+        let permit = None;
+        self.queue.send(Outgoing { message, permit }).is_ok()
     }
 
     /// For answers: waits for a permit. Returns whether the connection lives.
     pub async fn answer(&self, message: ServerMessage) -> bool {
         let permit = self.answers.clone().acquire_owned().await.ok();
-        self.put(message, permit)
-    }
-
-    fn put(&self, message: ServerMessage, permit: Option<OwnedSemaphorePermit>) -> bool {
-        // The number of a stream is free again before the client can know that it is, and use it.
-        if let ServerMessage::Finished { stream, .. }
-        | ServerMessage::Error {
-            stream: Some(stream),
-            ..
-        } = message
-        {
-            self.rules
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner)
-                .ended(stream);
-        }
         self.queue.send(Outgoing { message, permit }).is_ok()
     }
 }

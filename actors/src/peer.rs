@@ -144,6 +144,18 @@ pub enum PeerMessage {
     },
 }
 
+impl PeerMessage {
+    /// The attempts that a message from a host is about.
+    pub fn attempts(&self) -> Vec<AttemptId> {
+        match self {
+            Self::Tokens(tokens) => tokens.iter().map(|token| token.attempt).collect(),
+            Self::Lost { attempts, .. } => attempts.clone(),
+            Self::Refused { attempt, .. } => vec![*attempt],
+            Self::Report(_) | Self::Dispatch { .. } | Self::Cancel { .. } => Vec::new(),
+        }
+    }
+}
+
 /// The way to every node, this one included. Cheap to clone.
 #[derive(Clone)]
 pub struct Links {

@@ -3,7 +3,7 @@
 //! The one place that knows the replica's state. Every change is published through the endpoint.
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use ractor::{Actor, ActorProcessingErr, ActorRef, RpcReplyPort, SupervisionEvent};
 use understudy_engine_core::frame::{EngineHealth, EngineInfo};
@@ -18,6 +18,9 @@ use crate::worker::{Worker, WorkerArgs, WorkerLimits, WorkerMsg};
 
 /// Errors are shown to people in a table: this much of one is enough, the log has the rest.
 const MAX_SHOWN_ERROR_CHARS: usize = 300;
+
+/// How long a worker may take to stop. Its engine is killed in any case when its process group is.
+const STOP_DEADLINE: Duration = Duration::from_secs(2);
 
 /// What a replica supervisor is told.
 #[derive(Debug)]
@@ -125,8 +128,7 @@ impl Actor for ReplicaSupervisor {
             } => {
                 state.cause = Some(cause);
                 state.last_error = Some(detail.chars().take(MAX_SHOWN_ERROR_CHARS).collect());
-                state.clear(ReplicaState::Backoff);
-                done.send(()).ok();
+                state.clear(ReplicaState::Backoff, Some(done));
             }
         }
         Ok(())
@@ -160,8 +162,8 @@ impl Actor for ReplicaSupervisor {
         me: ActorRef<ReplicaMsg>,
         state: &mut ReplicaSupervisorState,
     ) -> Result<(), ActorProcessingErr> {
-        state.clear(ReplicaState::Down);
-        me.stop_children_and_wait(None, None).await;
+        state.clear(ReplicaState::Down, None);
+        me.stop_children_and_wait(None, Some(STOP_DEADLINE)).await;
         Ok(())
     }
 }
@@ -196,14 +198,14 @@ impl ReplicaSupervisorState {
         self.info = None;
         match self.policy.ended(Instant::now(), fastrand::f64()) {
             Decision::RestartAfter(pause) => {
-                self.clear(ReplicaState::Backoff);
+                self.clear(ReplicaState::Backoff, None);
                 self.restarts += 1;
                 record::worker_restart(&self.args.id.to_string(), restart_cause(cause, ran));
                 tracing::info!(replica = %self.args.id, pause_ms = pause.as_millis() as u64, restarts = self.restarts, "worker restarts");
                 me.send_after(pause, || ReplicaMsg::Start);
             }
             Decision::GiveUpFor(cooldown) => {
-                self.clear(ReplicaState::Down);
+                self.clear(ReplicaState::Down, None);
                 let error = self.last_error.as_deref().unwrap_or("unknown");
                 tracing::error!(replica = %self.args.id, cooldown_ms = cooldown.as_millis() as u64, error, "restart intensity exceeded, replica is down");
                 me.send_after(cooldown, || ReplicaMsg::Start);
@@ -231,31 +233,31 @@ impl ReplicaSupervisorState {
     }
 
     /// No engine any more.
-    fn clear(&mut self, state: ReplicaState) {
+    fn clear(&mut self, state: ReplicaState, published: Option<RpcReplyPort<()>>) {
         self.state = state;
         self.pid = None;
         self.in_flight = 0;
         self.health = EngineHealth::default();
         self.metrics.load(0, 0, 0.0);
-        self.publish();
+        self.send_report(true, published);
     }
 
     /// At once: gateways must know before they act.
     fn publish(&self) {
-        let message = EndpointMsg::Replica {
-            report: Box::new(self.report()),
-            worker: self.worker(),
-            urgent: true,
-        };
-        self.args.endpoint.cast(message).ok();
+        self.send_report(true, None);
     }
 
     /// With the next regular report.
     fn publish_later(&self) {
+        self.send_report(false, None);
+    }
+
+    fn send_report(&self, urgent: bool, published: Option<RpcReplyPort<()>>) {
         let message = EndpointMsg::Replica {
             report: Box::new(self.report()),
             worker: self.worker(),
-            urgent: false,
+            urgent,
+            published,
         };
         self.args.endpoint.cast(message).ok();
     }

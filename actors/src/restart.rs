@@ -33,6 +33,8 @@ pub struct RestartPolicy {
     recent: VecDeque<Instant>,
     /// Ends in a row without a run of `reset_after` in between.
     streak: u32,
+    /// The intensity was exceeded, and no good run has come since.
+    gave_up: bool,
     started_at: Option<Instant>,
 }
 
@@ -42,6 +44,7 @@ impl RestartPolicy {
             settings,
             recent: VecDeque::new(),
             streak: 0,
+            gave_up: false,
             started_at: None,
         }
     }
@@ -60,6 +63,7 @@ impl RestartPolicy {
             .is_some_and(|at| now.saturating_duration_since(at) >= self.settings.reset_after);
         if ran_well {
             self.streak = 0;
+            self.gave_up = false;
         }
         while self
             .recent
@@ -68,8 +72,9 @@ impl RestartPolicy {
         {
             self.recent.pop_front();
         }
-        if self.recent.len() >= self.settings.intensity as usize {
-            // The try after the cool-down is the only one: a further end leads straight back here.
+        if self.gave_up || self.recent.len() >= self.settings.intensity as usize {
+            self.gave_up = true;
+            // The try after the cool-down is the only one: without a good run, a further end leads straight back here.
             return Decision::GiveUpFor(self.settings.cooldown);
         }
         self.recent.push_back(now);
@@ -110,6 +115,23 @@ mod tests {
                 Decision::GiveUpFor(SETTINGS.cooldown),
             ]
         );
+    }
+
+    #[test]
+    fn one_try_follows_each_cool_down_until_a_run_is_good() {
+        let mut policy = RestartPolicy::new(SETTINGS);
+        let start = Instant::now();
+        let give_up = Decision::GiveUpFor(SETTINGS.cooldown);
+        for _ in 0..3 {
+            policy.ended(start, 0.0);
+        }
+        assert_eq!(policy.ended(start, 0.0), give_up);
+        // By now the restarts are older than the period, and still do not come back as a whole new set.
+        let later = start + SETTINGS.cooldown;
+        assert_eq!(policy.ended(later, 0.0), give_up);
+        policy.running(later);
+        let well = policy.ended(later + SETTINGS.reset_after, 0.0);
+        assert!(matches!(well, Decision::RestartAfter(_)));
     }
 
     #[test]

@@ -13,7 +13,7 @@ use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
-use understudy_protocol::codec;
+use understudy_protocol::codec::{self, EncodeError};
 use understudy_protocol::frame::FrameDecoder;
 use understudy_protocol::handshake::{ConnectionRules, Step};
 use understudy_protocol::message::{ClientMessage, ServerMessage, Submit};
@@ -66,11 +66,13 @@ pub struct SessionArgs {
 pub struct Session;
 
 pub struct SessionState {
+    me: ActorRef<SessionMsg>,
     shared: Arc<GatewayShared>,
     outbox: Outbox,
     streams: HashMap<u32, (RequestId, ActorRef<RequestMsg>)>,
     reader: JoinHandle<()>,
-    _permit: OwnedSemaphorePermit,
+    /// Counts the connection.
+    permit: Option<OwnedSemaphorePermit>,
 }
 
 impl Actor for Session {
@@ -87,22 +89,28 @@ impl Actor for Session {
         let (read, write) = args.socket.into_split();
         let rules = ConnectionRules::new(args.shared.tokens.clone(), &args.shared.limits);
         let rules: SharedRules = Arc::new(Mutex::new(rules));
-        let (outbox, queue) = Outbox::new(rules.clone());
+        let (outbox, queue) = Outbox::new();
         let inbound = Inbound {
             me: me.clone(),
             shared: args.shared.clone(),
             outbox: outbox.clone(),
-            rules,
+            rules: rules.clone(),
         };
         let reader = tokio::spawn(inbound.run(read));
-        tokio::spawn(write_all(write, queue, args.shared.write_timeout, me));
+        let writer = Writer {
+            queue,
+            rules,
+            limit: args.shared.write_timeout,
+        };
+        tokio::spawn(writer.run(write, me.clone()));
         tracing::debug!(client = %args.peer, "client connected");
         Ok(SessionState {
+            me,
             shared: args.shared,
             outbox,
             streams: HashMap::new(),
             reader,
-            _permit: args.permit,
+            permit: Some(args.permit),
         })
     }
 
@@ -138,27 +146,18 @@ impl Actor for Session {
         }
         Ok(())
     }
-
-    async fn post_stop(
-        &self,
-        me: ActorRef<SessionMsg>,
-        state: &mut SessionState,
-    ) -> Result<(), ActorProcessingErr> {
-        for (stream, (_, request)) in state.streams.drain() {
-            request
-                .cast(RequestMsg::Detach {
-                    session: me.clone(),
-                    stream,
-                })
-                .ok();
-        }
-        Ok(())
-    }
 }
 
 impl Drop for SessionState {
+    /// However the session ends, a panic included, its requests learn that nobody reads any more.
     fn drop(&mut self) {
         self.reader.abort();
+        for (stream, (_, request)) in self.streams.drain() {
+            let session = self.me.clone();
+            request.cast(RequestMsg::Detach { session, stream }).ok();
+        }
+        self.permit = None;
+        self.shared.count_connections();
     }
 }
 
@@ -184,7 +183,10 @@ impl SessionState {
                     self.refuse(stream, Some(request), error).await;
                 }
             }
-            ClientMessage::Cancel { stream } => self.tell(stream, || RequestMsg::Cancel),
+            ClientMessage::Cancel { stream } => {
+                let session = me.clone();
+                self.tell(stream, || RequestMsg::Cancel { session, stream });
+            }
             ClientMessage::Credit { stream, tokens } => {
                 self.tell(stream, || RequestMsg::Credit {
                     session: me.clone(),
@@ -519,36 +521,55 @@ impl Inbound {
     }
 }
 
-/// Writes what the outbox holds, in batches, until everybody who could send is gone or the client takes nothing for
-/// too long.
-async fn write_all(
-    mut socket: OwnedWriteHalf,
-    mut queue: mpsc::UnboundedReceiver<Outgoing>,
+/// The writing side of a connection.
+struct Writer {
+    queue: mpsc::UnboundedReceiver<Outgoing>,
+    rules: SharedRules,
+    /// How long the client may take nothing.
     limit: Duration,
-    session: ActorRef<SessionMsg>,
-) {
-    let mut bytes = BytesMut::new();
-    while let Some(first) = queue.recv().await {
-        let mut next = Some(first);
-        bytes.clear();
-        while let Some(Outgoing { message, permit }) = next {
-            if let Err(error) = codec::encode(&message, &mut bytes) {
+}
+
+impl Writer {
+    /// Writes what the outbox holds, in batches, until everybody who could send is gone or the client takes nothing
+    /// for too long.
+    async fn run(mut self, mut socket: OwnedWriteHalf, session: ActorRef<SessionMsg>) {
+        let mut bytes = BytesMut::new();
+        while let Some(first) = self.queue.recv().await {
+            bytes.clear();
+            if let Err(error) = self.gather(first, &mut bytes) {
                 // A message of ours that the protocol cannot carry: the stream would have a gap, so it ends here.
                 tracing::error!(%error, "message to a client could not be encoded");
-                session.cast(SessionMsg::Closed).ok();
-                return;
+                break;
             }
-            drop(permit);
-            next = if bytes.len() < WRITE_BATCH_BYTES {
-                queue.try_recv().ok()
-            } else {
-                None
+            match timeout(self.limit, socket.write_all(&bytes)).await {
+                Ok(Ok(())) => {}
+                Ok(Err(_)) | Err(_) => break,
+            }
+        }
+        session.cast(SessionMsg::Closed).ok();
+    }
+
+    /// Encodes `next` and what waits behind it, up to a batch.
+    fn gather(&mut self, first: Outgoing, bytes: &mut BytesMut) -> Result<(), EncodeError> {
+        let mut next = Some(first);
+        while let Some(Outgoing { message, .. }) = next {
+            // The number of a stream is free again when its end is written: not sooner, or a client that does not read
+            // could begin streams without limit; not later, or it could use the number before we know that it may.
+            if let ServerMessage::Finished { stream, .. }
+            | ServerMessage::Error {
+                stream: Some(stream),
+                ..
+            } = message
+            {
+                let mut rules = self.rules.lock().unwrap_or_else(PoisonError::into_inner);
+                rules.ended(stream);
+            }
+            codec::encode(&message, bytes)?;
+            next = match bytes.len() {
+                0..WRITE_BATCH_BYTES => self.queue.try_recv().ok(),
+                _ => None,
             };
         }
-        match timeout(limit, socket.write_all(&bytes)).await {
-            Ok(Ok(())) => {}
-            Ok(Err(_)) | Err(_) => break,
-        }
+        Ok(())
     }
-    session.cast(SessionMsg::Closed).ok();
 }

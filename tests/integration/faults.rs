@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
 use understudy_client::{ErrorCode, Request};
+use understudy_protocol::message::ReplicaStatus;
 use understudy_tests::wait::until;
 use understudy_tests::{Engine, TestCluster, TestClusterBuilder, collect, oracle, scrape};
 
@@ -28,15 +29,20 @@ fn fake() -> TestClusterBuilder {
 async fn with_fault(cluster: &mut TestCluster, fault: impl AsyncFnOnce(&mut TestCluster)) {
     let client = cluster.client();
     let expected = run_all(&client, STREAMS, TOKENS).await;
+    // Reports are a little late: what they say next must be about the second run.
+    until("idle replicas", SOON, || async {
+        let status = cluster.status().await?;
+        let idle = |replica: &ReplicaStatus| replica.workers.iter().all(|w| w.running == 0);
+        status.replicas.iter().all(idle).then_some(())
+    })
+    .await;
     let disturbed = tokio::spawn({
         let client = client.clone();
         async move { run_all(&client, STREAMS, TOKENS).await }
     });
     until("streams on both replicas", SOON, || async {
         let status = cluster.status().await?;
-        let busy = |replica: &understudy_protocol::message::ReplicaStatus| {
-            replica.workers.iter().any(|w| w.running > 4)
-        };
+        let busy = |replica: &ReplicaStatus| replica.workers.iter().any(|w| w.running > 4);
         status.replicas.iter().all(busy).then_some(())
     })
     .await;
@@ -80,6 +86,34 @@ async fn a_real_engine_is_killed_under_32_streams() {
     })
     .await;
     cluster.wait_ready().await;
+    assert!(recoveries(&cluster, "engine_exit").await > 0.0);
+}
+
+/// Requests keep coming while engines die: what is on its way to a dying worker must not be forgotten. With the
+/// recovery settings that ship.
+#[tokio::test(flavor = "multi_thread")]
+async fn requests_that_arrive_while_engines_die_are_served() {
+    const WAVES: u32 = 12;
+    const WAVE: u32 = 8;
+    let restart = "[restart]\nintensity = 1000\nbackoff_initial_ms = 10\nbackoff_max_ms = 50";
+    let builder = TestClusterBuilder::new(Engine::Fake)
+        .step_ms(2)
+        .settings(restart);
+    let cluster = builder.start_ready().await.expect("the fake engine");
+    let client = cluster.client();
+    let expected = run_all(&client, WAVE, 60).await;
+    let mut waves = Vec::new();
+    for wave in 0..WAVES {
+        let pid = cluster.engine_pid(wave % 2).await;
+        waves.push(tokio::spawn({
+            let client = client.clone();
+            async move { run_all(&client, WAVE, 60).await }
+        }));
+        cluster.signal(pid, Signal::SIGKILL);
+    }
+    for wave in waves {
+        assert_same(&expected, &wave.await.expect("a wave"));
+    }
     assert!(recoveries(&cluster, "engine_exit").await > 0.0);
 }
 

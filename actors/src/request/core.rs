@@ -28,6 +28,9 @@ const CHECKED_LOGPROBS: usize = 4;
 const FULL_RETRY_INITIAL: Duration = Duration::from_millis(10);
 const FULL_RETRY_MAX: Duration = Duration::from_millis(500);
 
+/// Unit of the pause before an attempt of a request that may be what kills engines.
+const SUSPECT_PAUSE: Duration = Duration::from_millis(50);
+
 /// What the configuration says about a request's life.
 #[derive(Debug, Clone, Copy)]
 pub struct Settings {
@@ -148,6 +151,8 @@ pub struct RequestCore {
     epoch: u32,
     attempts: u32,
     full_retries: u32,
+    /// Losses since the last committed token.
+    fruitless: u32,
     stage: Stage,
     fingerprint: Option<String>,
     at: Option<ReplicaRef>,
@@ -173,6 +178,7 @@ impl RequestCore {
             epoch: 0,
             attempts: 0,
             full_retries: 0,
+            fruitless: 0,
             stage: Stage::Queued,
             fingerprint: None,
             at: None,
@@ -223,6 +229,30 @@ impl RequestCore {
         self.log.next_position()
     }
 
+    /// How far the viewer has been served, if there is one.
+    pub fn viewed(&self) -> Option<Position> {
+        self.viewer.as_ref().map(|viewer| viewer.next)
+    }
+
+    /// The viewer has not taken what is ready for it for too long: it is told, and forgotten. The log stays readable.
+    pub fn give_viewer_up(&mut self, waited: Duration) -> Vec<Effect> {
+        let Some(Viewer { stream, next, .. }) = self.viewer.take() else {
+            return Vec::new();
+        };
+        let message = format!(
+            "no credit came for {} s after the request had ended: resume it at position {next}",
+            waited.as_secs()
+        );
+        let error = ErrorBody::new(ErrorCode::Timeout, message);
+        let request = Some(self.admission.request);
+        let message = ServerMessage::Error {
+            stream: Some(stream),
+            request,
+            error,
+        };
+        vec![Effect::Emit(message), Effect::StreamEnded { stream }]
+    }
+
     /// Nothing is left to do: the log is closed, and nobody watches.
     pub fn is_over(&self) -> bool {
         self.outcome.is_some() && self.viewer.is_none()
@@ -230,6 +260,7 @@ impl RequestCore {
 
     /// The first attempt.
     pub fn start(&mut self) -> Vec<Effect> {
+        self.attempts = 1;
         vec![self.next_attempt(Duration::ZERO)]
     }
 
@@ -314,7 +345,7 @@ impl RequestCore {
             Refusal::Engine(
                 AttemptError::ReplayMismatch { .. } | AttemptError::NotFinite { .. },
             ) => {
-                self.avoid.extend(self.at.take());
+                self.avoid.extend(self.at.clone());
                 effects.extend(self.lose(LossCause::Mismatch, now));
             }
         }
@@ -441,6 +472,9 @@ impl RequestCore {
         self.observe_token(now, effects);
         self.stage = Stage::Generating;
         self.full_retries = 0;
+        // Attempts that led somewhere do not count against the next ones: a long stream may survive any number of faults.
+        self.attempts = 1;
+        self.fruitless = 0;
         let reason = match (piece.stopped, finish) {
             (true, _) | (_, Some(frame::FinishReason::Stop)) => FinishReason::Stop,
             (_, Some(frame::FinishReason::Length)) => FinishReason::Length,
@@ -477,10 +511,10 @@ impl RequestCore {
                 stage: self.stage,
             });
         }
-        self.at = None;
+        self.fruitless += 1;
         if self.attempts >= self.settings.max_attempts {
             let message = format!(
-                "the request was tried {} times, and each attempt was lost (the last one: {}); its {} tokens stay readable",
+                "the request was tried {} times without a new token, and each attempt was lost (the last one: {}); its {} tokens stay readable",
                 self.attempts,
                 cause.as_str(),
                 self.log.next_position()
@@ -491,19 +525,17 @@ impl RequestCore {
                 now,
             );
         }
+        self.attempts += 1;
         self.stage = Stage::Recovering;
         let replayed = self.log.entries().len() as u64;
         vec![
             Effect::Observe(Observation::Replayed(replayed)),
-            self.next_attempt(Duration::ZERO),
+            self.next_attempt(self.pause_before_retry()),
         ]
     }
 
     fn next_attempt(&mut self, after: Duration) -> Effect {
         self.epoch += 1;
-        if after.is_zero() {
-            self.attempts += 1;
-        }
         let fingerprint = if self.log.entries().is_empty() {
             None
         } else {
@@ -522,6 +554,16 @@ impl RequestCore {
             avoid: self.avoid.clone(),
             after,
         }
+    }
+
+    /// A request whose engine died on it twice without a new token may be what kills engines. From then on it waits a
+    /// while, of its own length, before each attempt: whoever only happened to be beside it gets ahead of it.
+    fn pause_before_retry(&self) -> Duration {
+        if self.fruitless < 2 {
+            return Duration::ZERO;
+        }
+        let own = (self.admission.request.0 as u32).wrapping_mul(self.epoch.wrapping_add(1)) % 8;
+        SUSPECT_PAUSE * (1 + own)
     }
 
     fn end(&mut self, outcome: Outcome, cancel: bool, now: Instant) -> Vec<Effect> {

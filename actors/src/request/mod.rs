@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use ractor::concurrency::JoinHandle;
 use ractor::{Actor, ActorProcessingErr, ActorRef, RpcReplyPort};
 use tokio::sync::OwnedSemaphorePermit;
-use understudy_engine_core::frame::{AttemptId, StepToken};
+use understudy_engine_core::frame::{AttemptError, AttemptId, StepToken};
 use understudy_journal::{Admission, FinishedRequest};
 use understudy_protocol::message::ServerMessage;
 use understudy_protocol::{ErrorBody, ErrorCode, Position, RequestId};
@@ -61,8 +61,17 @@ pub enum RequestMsg {
         code: ErrorCode,
         reason: String,
     },
-    Cancel,
+    /// From the connection that watches; ignored from any other.
+    Cancel {
+        session: ActorRef<SessionMsg>,
+        stream: u32,
+    },
     Deadline,
+    /// Looks whether the viewer of a request that has ended takes what is left.
+    Unread {
+        watch: u64,
+        viewed: Position,
+    },
     /// The grace period of a request without a client is over.
     Abandoned {
         watch: u64,
@@ -283,7 +292,11 @@ impl Actor for Request {
                 code,
                 reason,
             } => state.core.unroutable(epoch, code, reason, now),
-            RequestMsg::Cancel => state.core.cancel(now),
+            RequestMsg::Cancel { session, stream } if state.is_watched_by(&session, stream) => {
+                state.core.cancel(now)
+            }
+            RequestMsg::Cancel { .. } => Vec::new(),
+            RequestMsg::Unread { watch, viewed } => state.look_at_viewer(&me, watch, viewed),
             RequestMsg::Deadline => state.core.deadline(now),
             RequestMsg::Abandoned { watch } if watch == state.watch && state.audience.is_none() => {
                 state.core.cancel(now)
@@ -316,7 +329,11 @@ impl Actor for Request {
                     .fail(ErrorBody::new(ErrorCode::ShuttingDown, message), now)
             }
         };
+        let was_open = state.place.is_some();
         state.carry_out(&me, effects);
+        if was_open && state.place.is_none() {
+            state.remind_of_viewer(&me);
+        }
         state.stop_if_over(&me);
         Ok(())
     }
@@ -412,6 +429,9 @@ impl RequestState {
         }
         self.guard.audience = Some(audience);
         self.carry_out(me, effects);
+        if self.core.outcome().is_some() {
+            self.remind_of_viewer(me);
+        }
         Ok(())
     }
 
@@ -450,6 +470,27 @@ impl RequestState {
         }
     }
 
+    /// A request that has ended holds no place and has no deadline any more: a viewer that stops reading must not pin it.
+    fn remind_of_viewer(&self, me: &ActorRef<RequestMsg>) {
+        if let Some(viewed) = self.core.viewed() {
+            let watch = self.watch;
+            me.send_after(UNREAD_LIMIT, move || RequestMsg::Unread { watch, viewed });
+        }
+    }
+
+    fn look_at_viewer(
+        &mut self,
+        me: &ActorRef<RequestMsg>,
+        watch: u64,
+        viewed: Position,
+    ) -> Vec<Effect> {
+        if watch == self.watch && self.core.viewed() == Some(viewed) {
+            return self.core.give_viewer_up(UNREAD_LIMIT);
+        }
+        self.remind_of_viewer(me);
+        Vec::new()
+    }
+
     fn log_loss(&self, epoch: u32, cause: LossCause) {
         let request = self.core.admission().request;
         let (stage, committed) = (self.core.stage().as_str(), self.core.committed());
@@ -458,9 +499,24 @@ impl RequestState {
 
     fn log_refusal(&self, epoch: u32, refusal: &Refusal) {
         let request = self.core.admission().request;
-        tracing::debug!(%request, epoch, ?refusal, "attempt refused");
+        match refusal {
+            Refusal::Engine(
+                error @ (AttemptError::ReplayMismatch { .. } | AttemptError::NotFinite { .. }),
+            ) => {
+                let at = self
+                    .core
+                    .at()
+                    .map(|at| format!("{}@{}", at.replica, at.peer.node));
+                let at = at.unwrap_or_default();
+                tracing::warn!(%request, epoch, replica = at, %error, "a replica computes other numbers: check its weights and memory");
+            }
+            refusal => tracing::debug!(%request, epoch, ?refusal, "attempt refused"),
+        }
     }
 }
+
+/// How long a viewer of a request that has ended may take nothing of what is left for it.
+const UNREAD_LIMIT: Duration = Duration::from_secs(300);
 
 /// How long a closed log that was brought back waits for its reader.
 const ATTACH_DEADLINE: Duration = Duration::from_secs(10);

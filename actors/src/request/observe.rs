@@ -36,7 +36,9 @@ impl MetricsCache {
                 record::recovery(recovery_cause(cause), recovery_stage(stage));
                 record::recovery_stall(stall);
             }
-            Observation::Fenced(messages) => (0..messages).for_each(|_| record::fenced_message()),
+            Observation::Fenced(messages) => {
+                record::fenced_messages(record::FenceSource::Request, messages)
+            }
             Observation::Replayed(tokens) => {
                 record::replayed_tokens(ReplaySource::Recompute, tokens)
             }

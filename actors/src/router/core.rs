@@ -43,6 +43,10 @@ pub enum Unroutable {
         fingerprint: String,
         waited_ms: u64,
     },
+    #[error(
+        "every ready replica of {model} computes other numbers than the one that served the tokens so far: see the logs"
+    )]
+    AllRefused { model: Arc<str> },
     #[error("too many attempts wait for a replica: {waiting}, and the limit is {limit}")]
     TooManyWaiting { waiting: usize, limit: usize },
 }
@@ -257,11 +261,23 @@ impl<R: Clone> RouterCore<R> {
     /// Places every waiting attempt that can be placed, in order of arrival, and ends those that waited too long.
     fn settle(&mut self, now: Instant) -> Vec<Effect<R>> {
         let mut effects = Vec::new();
+        // What found no place in this pass: the next one that asks for the same need not look.
+        let mut full: Vec<(Arc<str>, Option<String>)> = Vec::new();
         for _ in 0..self.waiting.len() {
             let Some(waiting) = self.waiting.pop_front() else {
                 break;
             };
-            if let Some((to, fingerprint)) = self.place(&waiting.route) {
+            let route = &waiting.route;
+            let wanted = (route.model.clone(), route.fingerprint.clone());
+            let placed = if full.contains(&wanted) {
+                None
+            } else {
+                self.place(route)
+            };
+            if placed.is_none() && route.avoid.is_empty() && !full.contains(&wanted) {
+                full.push(wanted);
+            }
+            if let Some((to, fingerprint)) = placed {
                 let Route { start, reply, .. } = waiting.route;
                 self.running.insert(
                     start.attempt,
@@ -295,6 +311,7 @@ impl<R: Clone> RouterCore<R> {
             .replicas
             .iter()
             .filter(|(at, replica)| usable(at, replica, route) && matches(replica, route))
+            .filter(|(_, replica)| replica.outstanding < replica.report.capacity)
             .map(|(at, replica)| (at.clone(), candidate(replica)))
             .unzip();
         let request = route.start.attempt.request;
@@ -314,7 +331,9 @@ impl<R: Clone> RouterCore<R> {
             .iter()
             .filter(|(at, _)| at.replica.model == model)
             .peekable();
-        if of_model.peek().is_some() && of_model.all(|(_, r)| r.report.state == ReplicaState::Down)
+        if route.start.committed.is_empty()
+            && of_model.peek().is_some()
+            && of_model.all(|(_, r)| r.report.state == ReplicaState::Down)
         {
             return Some(Unroutable::AllDown { model });
         }
@@ -329,6 +348,9 @@ impl<R: Clone> RouterCore<R> {
                 .filter(|(at, replica)| usable(at, replica, route))
         };
         if ready().next().is_none() {
+            if !route.avoid.is_empty() && self.replicas.keys().any(|at| route.avoid.contains(at)) {
+                return Some(Unroutable::AllRefused { model });
+            }
             return Some(Unroutable::NoneReady { model, waited_ms });
         }
         match &route.fingerprint {

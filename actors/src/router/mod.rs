@@ -2,13 +2,14 @@
 //!
 //! The decisions are [`core::RouterCore`]'s; this actor only carries them out.
 
+use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
 use ractor::{Actor, ActorProcessingErr, ActorRef, RpcReplyPort};
-use understudy_cluster::{PeerId, PeerState};
-use understudy_engine_core::frame::AttemptId;
-use understudy_protocol::ErrorCode;
+use understudy_cluster::{PeerId, PeerState, SendError};
+use understudy_engine_core::frame::{AttemptError, AttemptId};
 use understudy_protocol::message::{ClusterStatus, NodeStatus, ReplicaStatus};
+use understudy_protocol::{ErrorCode, RequestId};
 
 use understudy_telemetry::record;
 
@@ -160,7 +161,8 @@ impl RouterState {
 
     fn carry_out(&mut self, effects: Vec<Effect<ActorRef<RequestMsg>>>) {
         // Requests that are gone by now have released their attempts themselves: a failed cast needs no answer.
-        for effect in effects {
+        let mut queue = VecDeque::from(effects);
+        while let Some(effect) = queue.pop_front() {
             match effect {
                 Effect::Dispatch {
                     to,
@@ -183,13 +185,9 @@ impl RouterState {
                         })
                         .ok();
                     if let Err(error) = self.links.send(&peer, message) {
-                        tracing::warn!(request = %format_args!("{:032x}", attempt.request), epoch = attempt.epoch, %error, "dispatch failed");
-                        reply
-                            .cast(RequestMsg::Lost {
-                                epoch: attempt.epoch,
-                                cause: LossCause::NodeDown,
-                            })
-                            .ok();
+                        let request = RequestId(attempt.request);
+                        tracing::warn!(%request, epoch = attempt.epoch, %peer, %error, "dispatch failed");
+                        queue.extend(self.unsent(&peer, attempt, &reply, error));
                     }
                 }
                 Effect::Cancel { at, attempt } => {
@@ -227,7 +225,8 @@ impl RouterState {
                         }
                         Unroutable::AllDown { .. }
                         | Unroutable::NoneReady { .. }
-                        | Unroutable::NoneMatches { .. } => ErrorCode::Unavailable,
+                        | Unroutable::NoneMatches { .. }
+                        | Unroutable::AllRefused { .. } => ErrorCode::Unavailable,
                     };
                     let reason = reason.to_string();
                     reply
@@ -242,6 +241,26 @@ impl RouterState {
         }
     }
 
+    /// An attempt that could not be sent to its host.
+    fn unsent(
+        &mut self,
+        peer: &PeerId,
+        attempt: AttemptId,
+        request: &ActorRef<RequestMsg>,
+        error: SendError,
+    ) -> Vec<Effect<ActorRef<RequestMsg>>> {
+        let refusal = match error {
+            // The news of the host's end is on its way to us. Until it comes, nothing more must be sent there; the
+            // attempt itself is among those that are lost with it.
+            SendError::NotConnected(_) => return self.core.peer_down(peer, Instant::now()),
+            SendError::Backlog { .. } => Refusal::NotReady,
+            SendError::TooLarge { .. } => Refusal::Engine(AttemptError::Invalid(error.to_string())),
+        };
+        let epoch = attempt.epoch;
+        request.cast(RequestMsg::Refused { epoch, refusal }).ok();
+        Vec::new()
+    }
+
     fn measure(&self) {
         record::requests_in_flight(self.core.running_count() + self.core.waiting_count());
         let peers = self.links.cluster().peers();
@@ -250,11 +269,6 @@ impl RouterState {
         record::peers(record::PeerState::Suspect, count(PeerState::Suspect));
         let lost = count(PeerState::Dead) + count(PeerState::NeverSeen);
         record::peers(record::PeerState::Dead, lost);
-        for peer in peers {
-            if let Some(silence) = peer.last_heard {
-                record::peer_silence(peer.address.node.as_str(), silence);
-            }
-        }
     }
 
     fn status(&self) -> ClusterStatus {

@@ -11,18 +11,21 @@ use ractor::{Actor, ActorProcessingErr, ActorRef};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
-use understudy_cluster::PeerId;
+use tokio::time::timeout;
+use understudy_cluster::{PeerId, SendError};
 use understudy_engine_core::codec::{self, FrameDecoder};
 use understudy_engine_core::frame::{
-    AttemptId, ENGINE_PROTOCOL, EngineCommand, EngineEvent, EngineHealth, EngineInfo, StartAttempt,
-    StepToken,
+    AttemptId, ENGINE_PROTOCOL, EngineCommand, EngineEvent, EngineHealth, EngineInfo, StepToken,
 };
 
 use crate::peer::{Links, LossCause, PeerMessage, Refusal};
 use crate::replica::ReplicaMsg;
 
 pub mod hang;
+mod offer;
 pub mod process;
+
+pub use self::offer::Offer;
 
 use self::hang::{HangDetector, HangLimits};
 use self::process::{EngineProcess, EngineSpec};
@@ -39,10 +42,7 @@ const MAX_COMMANDS: usize = 8192;
 /// What a worker is told.
 #[derive(Debug)]
 pub enum WorkerMsg {
-    Dispatch {
-        gateway: PeerId,
-        start: StartAttempt,
-    },
+    Dispatch(Offer),
     Cancel(AttemptId),
     /// A gateway is gone: its attempts are of no use to anybody.
     GatewayDown(PeerId),
@@ -80,6 +80,7 @@ pub struct WorkerState {
     engine: EngineProcess,
     commands: mpsc::Sender<EngineCommand>,
     in_flight: HashMap<AttemptId, PeerId>,
+    owed: HashMap<PeerId, Vec<AttemptId>>,
     detector: HangDetector,
     started_at: Instant,
     ready: bool,
@@ -118,6 +119,7 @@ impl Actor for Worker {
             engine,
             commands,
             in_flight: HashMap::new(),
+            owed: HashMap::new(),
             detector: HangDetector::new(hang, now),
             started_at: now,
             ready: false,
@@ -131,7 +133,7 @@ impl Actor for Worker {
         state: &mut WorkerState,
     ) -> Result<(), ActorProcessingErr> {
         match message {
-            WorkerMsg::Dispatch { gateway, start } => state.dispatch(gateway, start).await,
+            WorkerMsg::Dispatch(offer) => state.dispatch(offer).await,
             WorkerMsg::Cancel(attempt) => state.cancel(attempt).await,
             WorkerMsg::GatewayDown(gateway) => state.gateway_down(&gateway).await,
             WorkerMsg::Engine(event, permit) => {
@@ -157,23 +159,15 @@ impl Actor for Worker {
 }
 
 impl WorkerState {
-    async fn dispatch(
-        &mut self,
-        gateway: PeerId,
-        start: StartAttempt,
-    ) -> Result<(), ActorProcessingErr> {
-        let attempt = start.attempt;
+    async fn dispatch(&mut self, offer: Offer) -> Result<(), ActorProcessingErr> {
         if !self.ready {
-            self.tell(
-                &gateway,
-                PeerMessage::Refused {
-                    attempt,
-                    refusal: Refusal::NotReady,
-                },
-            );
+            // Dropped, and thereby refused.
             return Ok(());
         }
-        self.in_flight.insert(attempt, gateway);
+        let Some((gateway, start)) = offer.take() else {
+            return Ok(());
+        };
+        self.in_flight.insert(start.attempt, gateway);
         self.command(EngineCommand::Start(start)).await?;
         self.in_flight_changed();
         Ok(())
@@ -293,6 +287,7 @@ impl WorkerState {
     }
 
     async fn tick(&mut self) -> Result<(), ActorProcessingErr> {
+        self.tell_owed();
         let now = Instant::now();
         if !self.ready && now.saturating_duration_since(self.started_at) > self.limits.start {
             let detail = format!(
@@ -330,7 +325,10 @@ impl WorkerState {
     async fn give_up(&mut self, cause: LossCause, detail: String) -> ActorProcessingErr {
         self.engine.kill();
         let detail = match cause {
-            LossCause::EngineExit if detail.is_empty() => self.engine.wait().await,
+            // A process that the system takes long to bury must not hold up the streams that wait for this news.
+            LossCause::EngineExit if detail.is_empty() => timeout(BURIAL, self.engine.wait())
+                .await
+                .unwrap_or_else(|_| "it was killed, and has not ended yet".into()),
             _ => detail,
         };
         if cause != LossCause::Stopped {
@@ -364,10 +362,30 @@ impl WorkerState {
         by_gateway
     }
 
-    fn tell(&self, gateway: &PeerId, message: PeerMessage) {
+    /// What a gateway was too far behind to be told: the attempts of those messages count as lost, and it hears of that
+    /// as soon as it can. Bounded by the attempts that the engine has had.
+    fn tell_owed(&mut self) {
+        for (gateway, attempts) in std::mem::take(&mut self.owed) {
+            let message = PeerMessage::Lost {
+                attempts: attempts.clone(),
+                cause: LossCause::Gap,
+            };
+            if let Err(SendError::Backlog { .. }) = self.links.send(&gateway, message) {
+                self.owed.insert(gateway, attempts);
+            }
+        }
+    }
+
+    fn tell(&mut self, gateway: &PeerId, message: PeerMessage) {
+        let concerned = message.attempts();
         if let Err(error) = self.links.send(gateway, message) {
-            // A gateway that is gone replays from its own log, or is gone for good; one that is merely behind sees the
-            // gap in positions and does the same.
+            if let SendError::Backlog { .. } = error {
+                let owed = self.owed.entry(gateway.clone()).or_default();
+                owed.extend(concerned);
+                owed.sort_unstable();
+                owed.dedup();
+            }
+            // A gateway that is gone replays from its own log, or is gone for good.
             tracing::debug!(worker = %self.name, %gateway, %error, "message to a gateway dropped");
         }
     }
@@ -385,6 +403,9 @@ impl Drop for WorkerState {
         self.report_lost(LossCause::Stopped);
     }
 }
+
+/// How long a dying worker waits to learn how its engine ended.
+const BURIAL: Duration = Duration::from_millis(200);
 
 /// How long a dying worker waits for its replica to publish the news; the losses are sent in any case.
 const REPORT_DEADLINE: Duration = Duration::from_millis(500);

@@ -55,10 +55,8 @@ impl std::fmt::Debug for Pool {
 }
 
 impl Pool {
-    /// A pool in which up to `threads` threads work at once, the caller among them. With 1, no thread is started.
-    ///
-    /// # Panics
-    /// If the system refuses a thread.
+    /// A pool in which up to `threads` threads work at once, the caller among them. With 1, no thread is started. Where the
+    /// system refuses a thread, the pool has fewer: that costs speed only.
     #[must_use]
     pub fn new(threads: usize) -> Self {
         let shared = Arc::new(Shared {
@@ -72,12 +70,10 @@ impl Pool {
             asleep: AtomicUsize::new(0),
         });
         let workers = (1..threads.max(1))
-            .map(|index| {
+            .map_while(|index| {
                 let shared = Arc::clone(&shared);
-                std::thread::Builder::new()
-                    .name(format!("kernel-{index}"))
-                    .spawn(move || shared.work())
-                    .expect("the system refused to start a kernel thread")
+                let worker = std::thread::Builder::new().name(format!("kernel-{index}"));
+                worker.spawn(move || shared.work()).ok()
             })
             .collect();
         Self {

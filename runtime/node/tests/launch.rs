@@ -17,10 +17,9 @@ fn program() -> PathBuf {
 }
 
 fn standin() -> PathBuf {
-    program()
-        .parent()
-        .expect("a folder")
-        .join("examples/standin_node")
+    let path = program().parent().expect("a folder").join("examples/standin_node");
+    assert!(path.exists(), "build it: cargo build --release -p understudy-node --example standin_node");
+    path
 }
 
 /// A cluster of two nodes in a folder of its own; what is left of it is killed and removed at the end.

@@ -147,7 +147,7 @@ metrics_table! {
         "Time from the moment that a fault was seen or suspected to the request's next token.";
     REPLAYED_TOKENS = "understudy_replayed_tokens_total", Counter, Count, &["source"],
         "Committed tokens whose state was rebuilt after a fault, from saved KV blocks or by computing again.";
-    FENCED_MESSAGES = "understudy_fenced_messages_total", Counter, Count, &[],
+    FENCED_MESSAGES = "understudy_fenced_messages_total", Counter, Count, &["source"],
         "Messages that were dropped because they came from a superseded attempt or for a wrong position.";
     WORKER_RESTARTS = "understudy_worker_restarts_total", Counter, Count, &["worker", "cause"],
         "Engine processes that were replaced.";
@@ -155,8 +155,14 @@ metrics_table! {
         "Requests on which engines died repeatedly, and which were kept away from the others.";
     JOURNAL_COMMIT = "understudy_journal_commit_seconds", Histogram(COMMIT_BUCKETS), Seconds, &[],
         "Time to make a batch of tokens as durable as the configuration asks.";
-    PEER_SILENCE = "understudy_failure_detector_silence_seconds", Gauge, Seconds, &["peer"],
-        "Time since the last heartbeat of another node.";
+    HEARTBEAT_AGE = "understudy_heartbeat_age_seconds", Gauge, Seconds, &["peer"],
+        "Time since the last sign of life of another node.";
+    PEER_STATE = "understudy_peer_state", Gauge, Count, &["peer", "state"],
+        "1 for the state that another node is in, as this node sees it, and 0 for the others.";
+    CLUSTER_SESSIONS = "understudy_cluster_sessions_total", Counter, Count, &["peer", "event"],
+        "Sessions with other nodes that began or ended.";
+    CLUSTER_REFUSED = "understudy_cluster_refused_total", Counter, Count, &["reason"],
+        "Connections to the cluster port that were refused.";
     PEERS = "understudy_peers", Gauge, Count, &["state"],
         "Other nodes by what this node thinks of them.";
     REPLICAS = "understudy_replicas", Gauge, Count, &[MODEL, "state"],

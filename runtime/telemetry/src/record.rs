@@ -64,6 +64,13 @@ labels! {
         /// Computed again from the token log.
         Recompute = "recompute",
     }
+    /// Who dropped a message.
+    FenceSource {
+        /// The request that it was for.
+        Request = "request",
+        /// The gateway, which knows no such request any more.
+        Hub = "hub",
+    }
     /// Why an engine process was replaced.
     RestartCause {
         /// It exited or was killed by someone else.
@@ -138,9 +145,9 @@ pub fn replayed_tokens(source: ReplaySource, count: u64) {
     counter!(names::REPLAYED_TOKENS, "source" => source.label()).increment(count);
 }
 
-/// A message of a superseded attempt, or for a wrong position, was dropped.
-pub fn fenced_message() {
-    counter!(names::FENCED_MESSAGES).increment(1);
+/// Messages of superseded attempts, or for wrong positions, were dropped.
+pub fn fenced_messages(source: FenceSource, count: u64) {
+    counter!(names::FENCED_MESSAGES, "source" => source.label()).increment(count);
 }
 
 /// The engine process of `worker` (`model/replica`) was replaced.
@@ -157,11 +164,6 @@ pub fn quarantined_request() {
 /// A batch of tokens was committed.
 pub fn journal_commit(took: Duration) {
     histogram!(names::JOURNAL_COMMIT).record(took);
-}
-
-/// Time since the last heartbeat of a node of the configuration.
-pub fn peer_silence(peer: &str, silence: Duration) {
-    gauge!(names::PEER_SILENCE, "peer" => peer.to_owned()).set(silence.as_secs_f64());
 }
 
 /// Number of other nodes in a state.

@@ -8,7 +8,9 @@ use std::net::{SocketAddr, TcpStream};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use understudy_telemetry::names::{ALL, Kind};
+use understudy_telemetry::names::{
+    ALL, CLUSTER_REFUSED, CLUSTER_SESSIONS, HEARTBEAT_AGE, Kind, PEER_STATE,
+};
 use understudy_telemetry::record::*;
 use understudy_telemetry::{MAX_CONNECTIONS, MetricsError, install_metrics};
 
@@ -62,11 +64,15 @@ fn record_everything() {
     recovery(RecoveryCause::EngineExit, Stage::Decode);
     recovery_stall(Duration::from_millis(25));
     replayed_tokens(ReplaySource::Recompute, 7);
-    fenced_message();
+    fenced_messages(FenceSource::Hub, 1);
+    // Recorded by the cluster layer, which knows of this crate no more than its names.
+    metrics::gauge!(HEARTBEAT_AGE, "peer" => "b").set(0.15);
+    metrics::gauge!(PEER_STATE, "peer" => "b", "state" => "alive").set(1.0);
+    metrics::counter!(CLUSTER_SESSIONS, "peer" => "b", "event" => "up").increment(1);
+    metrics::counter!(CLUSTER_REFUSED, "reason" => "cookie").increment(1);
     worker_restart("demo/0", RestartCause::Step);
     quarantined_request();
     journal_commit(Duration::from_micros(3));
-    peer_silence("b", Duration::from_millis(150));
     peers(PeerState::Alive, 1);
     replicas("demo", ReplicaState::Ready, 2);
     queued_bytes(Queue::ClientOut, 1000);

@@ -275,6 +275,38 @@ fn attempts_are_bounded() {
 }
 
 #[test]
+fn progress_starts_the_count_of_attempts_over() {
+    let now = Instant::now();
+    let mut core = core(&[]);
+    for position in 0..7 {
+        let effects = core.lost(core.epoch(), LossCause::EngineExit, now);
+        assert_eq!(next_start(&effects).committed.len(), position as usize);
+        core.tokens(vec![token(core.epoch(), position, 2)], now);
+    }
+    assert!(
+        core.outcome().is_none(),
+        "each of these losses was made good"
+    );
+}
+
+#[test]
+fn a_request_on_which_engines_die_steps_aside() {
+    let now = Instant::now();
+    let mut core = core(&[]);
+    let pause = |effects: &[Effect]| {
+        let found = effects.iter().find_map(|e| match e {
+            Effect::Route { after, .. } => Some(*after),
+            _ => None,
+        });
+        found.expect("a new attempt")
+    };
+    assert!(pause(&core.lost(1, LossCause::EngineExit, now)).is_zero());
+    assert!(!pause(&core.lost(2, LossCause::EngineExit, now)).is_zero());
+    core.tokens(vec![token(3, 0, 2)], now);
+    assert!(pause(&core.lost(3, LossCause::EngineExit, now)).is_zero());
+}
+
+#[test]
 fn a_full_engine_is_no_lost_attempt() {
     let now = Instant::now();
     let mut core = core(&[]);

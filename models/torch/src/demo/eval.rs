@@ -26,7 +26,7 @@ pub struct EvalArgs {
     pub items: usize,
     #[arg(long, default_value_t = 2024)]
     pub seed: u64,
-    #[arg(long, default_value_t = 2)]
+    #[arg(long, default_value_t = 1)]
     pub threads: i32,
     /// Print the rows as one JSON array
     #[arg(long)]
@@ -246,6 +246,27 @@ mod tests {
         assert!(is_right(&item, false, " 3 4 5 6"));
         for wrong in [" 3 4 6", " 3 4 5 5 6", " 3 4 5 6 7", " 3 4 5", ""] {
             assert!(!is_right(&item, false, wrong));
+        }
+    }
+
+    /// The checkpoint in the repository fits this code, and keeps its main promise.
+    #[test]
+    fn the_shipped_model_counts_and_knows_its_facts() {
+        // Threads that wait for each other cost more than they give at this size, above all on a busy machine.
+        tch::set_num_threads(1);
+        let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../demo");
+        let (model, tokenizer) = open(&dir).unwrap();
+        assert_eq!(
+            std::fs::read_to_string(dir.join("tokenizer.json")).unwrap(),
+            tokenizer::build().unwrap(),
+        );
+        let mut items = vec![count_item(0, 300, 0), count_item(57, 71, 4)];
+        items.extend(fact_items().into_iter().step_by(40));
+        let writer = Writer::new(&tokenizer);
+        let prompts: Vec<_> = items.iter().map(|item| writer.chat_prompt(item)).collect();
+        for (item, output) in items.iter().zip(greedy(&model, &prompts, 320, &mut |_| {})) {
+            let said = tokenizer.decode(&output, false).unwrap();
+            assert!(is_right(item, false, &said), "{} -> {said}", item.question);
         }
     }
 
