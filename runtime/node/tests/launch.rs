@@ -17,8 +17,14 @@ fn program() -> PathBuf {
 }
 
 fn standin() -> PathBuf {
-    let path = program().parent().expect("a folder").join("examples/standin_node");
-    assert!(path.exists(), "build it: cargo build --release -p understudy-node --example standin_node");
+    let path = program()
+        .parent()
+        .expect("a folder")
+        .join("examples/standin_node");
+    assert!(
+        path.exists(),
+        "build it: cargo build --release -p understudy-node --example standin_node"
+    );
     path
 }
 
