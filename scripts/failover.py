@@ -34,33 +34,34 @@ def main():
     show.line(f"> Count from 1 to {args.to}.  ({args.streams} times at once; one is shown)")
     for replica in status(args)["replicas"]:
         show.line(f"  engine of {name(replica)}: pid {pid(replica)}")
+    look = Look(args)
     answers = [Answer(args) for _ in range(args.streams)]
     try:
-        watch(args, answers, show)
+        watch(args, answers, look, show)
     finally:
-        for answer in answers:
-            answer.end()
+        for ended in [look, *answers]:
+            ended.end()
     judge(args, answers, show)
 
 
-def watch(args, answers, show):
-    """Shows the first answer, and kills the busiest engine in the middle of it."""
+def watch(args, answers, look, show):
+    """Shows the answer that began last, and kills the busiest engine in the middle of it."""
+    answer = answers[-1]
     # Early: the engine is ahead of what has been shown.
-    first = answers[0]
-    kill_at, shown, killed = args.to // 6, 0, False
-    while shown < len(first.pieces) or first.thread.is_alive():
-        if shown == len(first.pieces):
+    kill_at, shown = args.to // 6, 0
+    while shown < len(answer.pieces) or answer.thread.is_alive():
+        if shown == len(answer.pieces):
             time.sleep(0.001)
             continue
-        show.text(first.pieces[shown])
+        show.text(answer.pieces[shown])
         shown += 1
         if shown == kill_at:
-            busiest = max(status(args)["replicas"], key=lambda replica: replica["in_flight"] if pid(replica) else -1)
-            if not pid(busiest) or not busiest["in_flight"]:
+            victim = look.busiest()
+            if not victim:
                 sys.exit("\nno engine is busy: the answers were too short; try more (--streams), or longer ones (--to)")
-            os.kill(pid(busiest), signal.SIGKILL)
+            os.kill(pid(victim), signal.SIGKILL)
             show.line("")
-            show.line(f"  --- kill -9 {pid(busiest)}: the engine of {name(busiest)}, {busiest['in_flight']} answers on it ---")
+            show.line(f"  --- kill -9 {pid(victim)}: the engine of {name(victim)}, {victim['in_flight']} answers on it ---")
     show.line("")
     for answer in answers:
         answer.thread.join()  # the requests have a deadline of their own
@@ -84,6 +85,28 @@ def judge(args, answers, show):
     if wrong:
         sys.exit(f"  {wrong} of {args.streams} answers are wrong")
     show.line(f"  every answer has all {args.to} numbers: none lost, none repeated, none changed")
+
+
+class Look:
+    """The cluster's status, over and over: asking at the moment of the kill might take longer than the answer."""
+
+    def __init__(self, args):
+        command = [args.understudy, "status", "--config", args.config, "--json", "--watch", "--interval", "5ms"]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        self.replicas = []
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self):
+        for line in self.process.stdout:
+            self.replicas = json.loads(line)["replicas"]
+
+    def busiest(self):
+        busy = [replica for replica in self.replicas if replica["in_flight"] and pid(replica)]
+        return max(busy, key=lambda replica: replica["in_flight"], default=None)
+
+    def end(self):
+        self.process.kill()
+        self.process.wait()
 
 
 class Answer:

@@ -6,6 +6,7 @@ use std::net::TcpListener;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
+use std::sync::LazyLock;
 use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
 
@@ -16,16 +17,20 @@ fn program() -> PathBuf {
     PathBuf::from(env!("CARGO_BIN_EXE_understudy"))
 }
 
+/// The stand-in node. `cargo test` builds it with all examples; `cargo test --test launch` does not.
 fn standin() -> PathBuf {
-    let path = program()
-        .parent()
-        .expect("a folder")
-        .join("examples/standin_node");
-    assert!(
-        path.exists(),
-        "build it: cargo build --release -p understudy-node --example standin_node"
-    );
-    path
+    static BUILT: LazyLock<PathBuf> = LazyLock::new(|| {
+        let folder = program().parent().expect("a folder").to_owned();
+        let path = folder.join("examples/standin_node");
+        if !path.exists() {
+            let mut build = Command::new(env!("CARGO"));
+            build.args(["build", "--release", "--example", "standin_node", "--target-dir"]);
+            build.arg(folder.parent().expect("the target folder")).current_dir(env!("CARGO_MANIFEST_DIR"));
+            assert!(build.status().expect("cargo").success(), "the stand-in node does not build");
+        }
+        path
+    });
+    BUILT.clone()
 }
 
 /// A cluster of two nodes in a folder of its own; what is left of it is killed and removed at the end.
