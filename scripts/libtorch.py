@@ -122,7 +122,7 @@ def read_lock(path, arch, profile):
 
 def check_space(args, wheels):
     """Downloads that are still to come, and the unpacked tree, with some air."""
-    unpacked = 6_500 * MB if args.profile == "cuda" else 550 * MB
+    unpacked = 4_200 * MB if args.profile == "cuda" else 550 * MB
     missing = sum(w.size or 200 * MB for w in wheels if not os.path.exists(os.path.join(args.cache, w.file)))
     os.makedirs(args.cache, exist_ok=True)
     needs = {}

@@ -14,7 +14,7 @@ Usage: scripts/setup.sh [--cuda] [--force] [--keep-wheels] [--quiet]
 
 Checks the build tools and fetches LibTorch $LIBTORCH_VERSION into .deps/libtorch.
 
-  --cuda         the full LibTorch with its CUDA libraries (2.5 GB of download, 6 GB on disk)
+  --cuda         the full LibTorch with its CUDA libraries (2.5 GB of download, 3.8 GB on disk)
                  instead of the CPU part (545 MB of download, 500 MB on disk)
   --force        fetch and unpack again, whatever is there
   --keep-wheels  leave the downloaded packages in the cache after unpacking

@@ -24,9 +24,20 @@ fn standin() -> PathBuf {
         let path = folder.join("examples/standin_node");
         if !path.exists() {
             let mut build = Command::new(env!("CARGO"));
-            build.args(["build", "--release", "--example", "standin_node", "--target-dir"]);
-            build.arg(folder.parent().expect("the target folder")).current_dir(env!("CARGO_MANIFEST_DIR"));
-            assert!(build.status().expect("cargo").success(), "the stand-in node does not build");
+            build.args([
+                "build",
+                "--release",
+                "--example",
+                "standin_node",
+                "--target-dir",
+            ]);
+            build
+                .arg(folder.parent().expect("the target folder"))
+                .current_dir(env!("CARGO_MANIFEST_DIR"));
+            assert!(
+                build.status().expect("cargo").success(),
+                "the stand-in node does not build"
+            );
         }
         path
     });
