@@ -1,6 +1,6 @@
 //! How a stream gets its request to a gateway, the first time and again after a loss.
 
-use tokio::time::{Instant, sleep, timeout_at};
+use tokio::time::{Instant, sleep_until, timeout_at};
 use tracing::debug;
 use understudy_protocol::CreditWindow;
 use understudy_protocol::message::ClientMessage;
@@ -56,9 +56,19 @@ impl Stream {
     /// Gets the request to a gateway: the first time, or again.
     pub(super) async fn attach(&mut self) -> Result<(), Error> {
         loop {
-            let attempt = self.next_attempt()?;
-            sleep(attempt.pause).await;
-            match self.try_attach(attempt.gateway).await {
+            // Kept across calls: a caller that polls and drops `next` again and again must get there all the same.
+            let (not_before, gateway) = match self.pending {
+                Some(pending) => pending,
+                None => {
+                    let attempt = self.next_attempt()?;
+                    (Instant::now() + attempt.pause, attempt.gateway)
+                }
+            };
+            self.pending = Some((not_before, gateway));
+            sleep_until(not_before).await;
+            let outcome = self.try_attach(gateway).await;
+            self.pending = None;
+            match outcome {
                 Ok(()) => return Ok(()),
                 Err(error) if !self.may_try_again(&error) => return Err(error),
                 Err(error) => self.last_error = Some(error),

@@ -48,6 +48,8 @@ pub struct Stream {
     /// Credit to give to the server before the next wait.
     owed: u32,
     recovery: Option<Recovery>,
+    /// The attempt under way: not before when, and at which gateway.
+    pending: Option<(Instant, usize)>,
     /// Why the last attempt failed.
     last_error: Option<Error>,
     recoveries: u32,
@@ -84,6 +86,7 @@ impl Stream {
             credit,
             owed: 0,
             recovery: None,
+            pending: None,
             last_error: None,
             recoveries: 0,
             cancelled: false,
