@@ -61,6 +61,11 @@ pub fn engine(engine: Engine) -> Option<PathBuf> {
 
 /// Cargo builds only the tests' own package for a test: the programs are built here, once, and at no cost if they are.
 fn build() {
+    // scripts/test.sh has just built them, together with everything else; building a part of the workspace again would
+    // choose other features of its dependencies, and compile them anew.
+    if std::env::var_os(REQUIRE_ENGINE).is_some() {
+        return;
+    }
     static BUILT: OnceLock<()> = OnceLock::new();
     BUILT.get_or_init(|| {
         let directory = directory();
