@@ -1,6 +1,5 @@
 //! Everything that needs real processes. One binary, so that it links once.
 
-mod architecture;
 mod clients;
 mod faults;
 mod metrics;
