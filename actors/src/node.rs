@@ -26,7 +26,7 @@ use crate::endpoint::{Endpoint, EndpointMsg};
 use crate::gateway::{Gateway, GatewayArgs, GatewayMsg, GatewayShared};
 use crate::hub::{Hub, HubMsg};
 use crate::keeper::Keeper;
-use crate::peer::Links;
+use crate::peer::{Links, ReplicaId};
 use crate::request::{MetricsCache, Surroundings, core::Settings};
 use crate::restart::RestartSettings;
 use crate::router::{Identity, Router, RouterArgs, core::Limits as RouterLimits};
@@ -41,6 +41,10 @@ const LAST_WORDS: Duration = Duration::from_secs(1);
 
 /// How long actors may take to stop before the node ends without them.
 const STOP_DEADLINE: Duration = Duration::from_secs(4);
+
+/// How many times the limit for a silent node a host may report nothing while its heartbeats go on: actors are late
+/// more easily than the thread of the heartbeats.
+const REPORT_PATIENCE: u64 = 3;
 
 /// What a node supervisor is told.
 #[derive(Debug)]
@@ -224,6 +228,9 @@ impl Front {
             limits: RouterLimits {
                 no_replica_timeout: Duration::from_millis(config.recovery.no_replica_timeout_ms),
                 max_waiting: settings.max_requests_in_flight as usize,
+                report_timeout: Duration::from_millis(
+                    REPORT_PATIENCE * config.failure_detector.dead_after_ms,
+                ),
             },
             identity: identity(config, version),
         };
@@ -237,6 +244,8 @@ impl Front {
             keeper: spawn(me, Keeper, retention).await?,
             settings: Settings {
                 max_attempts: config.recovery.max_attempts,
+                max_engine_deaths: config.recovery.max_engine_deaths,
+                no_replica_timeout: Duration::from_millis(config.recovery.no_replica_timeout_ms),
             },
             metrics: MetricsCache::default(),
             max_credit: settings.max_credit,
@@ -296,7 +305,15 @@ async fn wait_until_empty(hub: &ActorRef<HubMsg>, limit: Duration) {
 
 fn identity(config: &ClusterConfig, version: &str) -> Identity {
     let roles = |roles: &[Role]| roles.iter().map(|role| role.to_string()).collect();
+    let placed = config.placement().into_iter().map(|place| {
+        let id = ReplicaId {
+            model: Arc::from(place.model.as_str()),
+            index: place.replica,
+        };
+        (id, place.node)
+    });
     Identity {
+        placed: placed.collect(),
         cluster: config.cluster.name.clone(),
         version: version.to_owned(),
         roles_of: config

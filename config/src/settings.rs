@@ -157,8 +157,10 @@ settings! {
 
     /// How requests are taken over when what serves them is lost.
     RecoverySettings = "recovery" {
-        /// Times a request is dispatched at most; then it ends with a retriable error.
+        /// Times a request is dispatched without getting a new token; then it ends with a retriable error.
         Cluster max_attempts: u32 = whole(1..=1_000), preset(16);
+        /// Engines that may die on one request without a new token in between; then the request is taken to be the cause, and ends with an error that says so. At most `restart.intensity`, or such a request takes a replica out of service first.
+        Cluster max_engine_deaths: u32 = whole(1..=1_000), preset(4);
         /// Time that a request waits for a replica when none is in service; then it ends with a retriable error.
         Cluster no_replica_timeout_ms: u64 = whole(0..=DAY_MS), preset(10_000);
     }

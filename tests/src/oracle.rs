@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use understudy_client::{Client, Error, Event, FinishReason, Request, Usage};
+use understudy_client::{Client, Error, Event, FinishReason, Request, RequestId, Usage};
 
 /// Every stream of a test ends within this time, or the test fails: nothing may hang.
 pub const STREAM_DEADLINE: Duration = Duration::from_secs(120);
@@ -13,6 +13,8 @@ pub struct Transcript {
     pub ids: Vec<u32>,
     /// Bits of the logprobs, which have to be equal too.
     pub logprob_bits: Vec<u32>,
+    /// Alternatives of each position: ids, and the bits of their logprobs.
+    pub top: Vec<Vec<(u32, u32)>>,
     pub text: String,
     pub finish_reason: FinishReason,
     pub usage: Usage,
@@ -22,6 +24,7 @@ pub struct Transcript {
 #[derive(Debug)]
 pub struct Observed {
     pub transcript: Transcript,
+    pub request: RequestId,
     pub started: Instant,
     pub arrivals: Vec<Instant>,
 }
@@ -29,11 +32,14 @@ pub struct Observed {
 impl Observed {
     /// The longest pause between two tokens.
     pub fn longest_gap(&self) -> Duration {
-        self.arrivals
-            .windows(2)
-            .map(|pair| pair[1] - pair[0])
-            .max()
-            .unwrap_or_default()
+        let pauses = self.arrivals.windows(2).map(|pair| pair[1] - pair[0]);
+        pauses.max().unwrap_or_default()
+    }
+
+    /// The longest pause that ended after `fault`: from the last token before it to the first one after it.
+    pub fn longest_gap_after(&self, fault: Instant) -> Option<Duration> {
+        let pauses = self.arrivals.windows(2).filter(|pair| pair[1] > fault);
+        pauses.map(|pair| pair[1] - pair[0]).max()
     }
 }
 
@@ -45,9 +51,8 @@ impl Observed {
 /// # Panics
 /// If positions are not 0, 1, 2, …; if anything follows the terminal event; or if the stream hangs.
 pub async fn collect(client: &Client, request: Request) -> Result<Transcript, Error> {
-    observe(client, request)
-        .await
-        .map(|observed| observed.transcript)
+    let observed = observe(client, request).await?;
+    Ok(observed.transcript)
 }
 
 /// As [`collect`], with times.
@@ -58,23 +63,40 @@ pub async fn collect(client: &Client, request: Request) -> Result<Transcript, Er
 /// # Panics
 /// As [`collect`].
 pub async fn observe(client: &Client, request: Request) -> Result<Observed, Error> {
-    let run = run(client, request);
-    tokio::time::timeout(STREAM_DEADLINE, run)
+    observe_with(client, request, async |_| ()).await
+}
+
+/// As [`observe`]; `seen` is told how many tokens the client has: 0 once the request is accepted, then after each one.
+///
+/// # Errors
+/// As [`collect`].
+///
+/// # Panics
+/// As [`collect`].
+pub async fn observe_with(
+    client: &Client,
+    request: Request,
+    seen: impl AsyncFnMut(u32),
+) -> Result<Observed, Error> {
+    tokio::time::timeout(STREAM_DEADLINE, run(client, request, seen))
         .await
         .expect("a stream must not hang")
 }
 
-async fn run(client: &Client, mut request: Request) -> Result<Observed, Error> {
+async fn run(
+    client: &Client,
+    mut request: Request,
+    mut seen: impl AsyncFnMut(u32),
+) -> Result<Observed, Error> {
     request.sampling.logprobs = true;
     let started = Instant::now();
     let mut stream = client.submit(request).await?;
-    let (mut ids, mut logprob_bits, mut text, mut arrivals) =
-        (Vec::new(), Vec::new(), String::new(), Vec::new());
-    let mut end = None;
+    let (mut ids, mut logprob_bits, mut top) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut text, mut arrivals, mut end) = (String::new(), Vec::new(), None);
     while let Some(event) = stream.next().await? {
         assert!(end.is_none(), "an event after the terminal one: {event:?}");
         match event {
-            Event::Accepted(_) => {}
+            Event::Accepted(_) => seen(0).await,
             Event::Token(token) => {
                 assert_eq!(
                     token.position as usize,
@@ -84,7 +106,10 @@ async fn run(client: &Client, mut request: Request) -> Result<Observed, Error> {
                 arrivals.push(Instant::now());
                 ids.push(token.id);
                 logprob_bits.push(token.logprob.expect("logprobs were asked for").to_bits());
+                let alternatives = token.top_logprobs.iter();
+                top.push(alternatives.map(|t| (t.id, t.logprob.to_bits())).collect());
                 text.push_str(&token.text);
+                seen(ids.len() as u32).await;
             }
             Event::Finished(finished) => {
                 text.push_str(&finished.text);
@@ -98,15 +123,16 @@ async fn run(client: &Client, mut request: Request) -> Result<Observed, Error> {
         ids.len(),
         "usage counts what was shown"
     );
-    let transcript = Transcript {
-        ids,
-        logprob_bits,
-        text,
-        finish_reason: end.finish_reason,
-        usage: end.usage,
-    };
     Ok(Observed {
-        transcript,
+        transcript: Transcript {
+            ids,
+            logprob_bits,
+            top,
+            text,
+            finish_reason: end.finish_reason,
+            usage: end.usage,
+        },
+        request: stream.request_id().expect("an accepted request has an id"),
         started,
         arrivals,
     })

@@ -3,99 +3,34 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use ractor::concurrency::JoinHandle;
-use ractor::{Actor, ActorProcessingErr, ActorRef, RpcReplyPort};
+use ractor::{Actor, ActorProcessingErr, ActorRef};
 use tokio::sync::OwnedSemaphorePermit;
-use understudy_engine_core::frame::{AttemptError, AttemptId, StepToken};
 use understudy_journal::{Admission, FinishedRequest};
 use understudy_protocol::message::ServerMessage;
-use understudy_protocol::{ErrorBody, ErrorCode, Position, RequestId};
+use understudy_protocol::{ErrorBody, ErrorCode, Position};
 
 use crate::hub::HubMsg;
 use crate::keeper::KeeperMsg;
-use crate::outbox::Outbox;
-use crate::peer::{LossCause, Refusal, ReplicaRef};
 use crate::router::RouterMsg;
 use crate::router::core::Route;
 use crate::session::SessionMsg;
 
 pub mod core;
+mod guard;
+mod log;
+mod message;
 mod observe;
 pub mod text;
 
+pub use self::message::{Audience, RequestMsg};
 pub use self::observe::MetricsCache;
 
 use self::core::{Effect, RequestCore, Settings};
+use self::guard::Guard;
 use self::text::TextFold;
 
-/// Who watches a request: a stream of a connection.
-#[derive(Debug, Clone)]
-pub struct Audience {
-    pub outbox: Outbox,
-    pub session: ActorRef<SessionMsg>,
-    pub request: RequestId,
-    pub stream: u32,
-    pub next: Position,
-    pub credit: u32,
-}
-
-/// What a request is told.
-#[derive(Debug)]
-pub enum RequestMsg {
-    Dispatched {
-        epoch: u32,
-        at: ReplicaRef,
-        fingerprint: String,
-    },
-    Tokens(Vec<StepToken>),
-    Lost {
-        epoch: u32,
-        cause: LossCause,
-    },
-    Refused {
-        epoch: u32,
-        refusal: Refusal,
-    },
-    Unroutable {
-        epoch: u32,
-        code: ErrorCode,
-        reason: String,
-    },
-    /// From the connection that watches; ignored from any other.
-    Cancel {
-        session: ActorRef<SessionMsg>,
-        stream: u32,
-    },
-    Deadline,
-    /// Looks whether the viewer of a request that has ended takes what is left.
-    Unread {
-        watch: u64,
-        viewed: Position,
-    },
-    /// The grace period of a request without a client is over.
-    Abandoned {
-        watch: u64,
-    },
-    /// The pause before an attempt is over.
-    RouteNow(Box<Route<ActorRef<RequestMsg>>>),
-    Attach {
-        audience: Box<Audience>,
-        reply: RpcReplyPort<Result<(), ErrorBody>>,
-    },
-    /// A connection is gone; ignored if another one watches by now.
-    Detach {
-        session: ActorRef<SessionMsg>,
-        stream: u32,
-    },
-    Credit {
-        session: ActorRef<SessionMsg>,
-        stream: u32,
-        tokens: u32,
-    },
-    /// The node stops.
-    Shutdown,
-}
-local_message!(RequestMsg);
+/// What a request says that cannot end before its gateway does.
+const STOPPING: &str = "the gateway is stopping: submit the request again at another one";
 
 /// What requests need from their gateway.
 #[derive(Clone)]
@@ -140,62 +75,6 @@ pub struct RequestState {
     guard: Guard,
 }
 
-/// Whatever happens to the actor, its place in the cluster is freed and its client is told.
-struct Guard {
-    me: ActorRef<RequestMsg>,
-    request: RequestId,
-    surroundings: Surroundings,
-    attempt: Option<AttemptId>,
-    audience: Option<Audience>,
-    /// Would otherwise outlive the actor by up to the deadline, and hold its memory.
-    deadline: Option<JoinHandle<()>>,
-}
-
-impl Drop for Guard {
-    fn drop(&mut self) {
-        if let Some(deadline) = self.deadline.take() {
-            deadline.abort();
-        }
-        if let Some(attempt) = self.attempt.take() {
-            self.surroundings
-                .router
-                .cast(RouterMsg::Release {
-                    attempt,
-                    cancel: true,
-                })
-                .ok();
-        }
-        if let Some(Audience {
-            outbox,
-            session,
-            stream,
-            ..
-        }) = self.audience.take()
-        {
-            let error = ErrorBody::new(
-                ErrorCode::Internal,
-                "the request's actor ended unexpectedly; please report it",
-            );
-            outbox.send(ServerMessage::Error {
-                stream: Some(stream),
-                request: Some(self.request),
-                error,
-            });
-            session
-                .cast(SessionMsg::StreamEnded {
-                    stream,
-                    request: self.request,
-                })
-                .ok();
-        }
-        let unregister = HubMsg::Unregister {
-            request: self.request,
-            actor: self.me.clone(),
-        };
-        self.surroundings.hub.cast(unregister).ok();
-    }
-}
-
 impl Actor for Request {
     type Msg = RequestMsg;
     type State = RequestState;
@@ -218,7 +97,10 @@ impl Actor for Request {
                 RequestCore::new(*admission, text, surroundings.settings, now),
                 Some(place),
             ),
-            Origin::Finished(closed) => (RequestCore::finished((*closed).clone(), text, now), None),
+            Origin::Finished(closed) => (
+                RequestCore::finished((*closed).clone(), text, surroundings.settings, now),
+                None,
+            ),
         };
         let request = core.admission().request;
         surroundings.hub.cast(HubMsg::Register {
@@ -231,6 +113,7 @@ impl Actor for Request {
             surroundings: surroundings.clone(),
             attempt: None,
             audience: None,
+            stopping: false,
             deadline: None,
         };
         let model = Arc::from(core.admission().model.as_str());
@@ -280,8 +163,9 @@ impl Actor for Request {
                 Vec::new()
             }
             RequestMsg::Lost { epoch, cause } => {
-                state.log_loss(epoch, cause);
-                state.core.lost(epoch, cause, now)
+                let effects = state.core.lost(epoch, cause, now);
+                state.log_loss(epoch, cause, &effects);
+                effects
             }
             RequestMsg::Refused { epoch, refusal } => {
                 state.log_refusal(epoch, &refusal);
@@ -322,11 +206,11 @@ impl Actor for Request {
                 state.core.credit(tokens, state.surroundings.max_credit)
             }
             RequestMsg::Credit { .. } => Vec::new(),
+            RequestMsg::More => state.core.more(),
             RequestMsg::Shutdown => {
-                let message = "the gateway is stopping: submit the request again at another one";
-                state
-                    .core
-                    .fail(ErrorBody::new(ErrorCode::ShuttingDown, message), now)
+                state.guard.stopping = true;
+                let error = ErrorBody::new(ErrorCode::ShuttingDown, STOPPING);
+                state.core.fail(error, now)
             }
         };
         let was_open = state.place.is_some();
@@ -347,6 +231,7 @@ impl RequestState {
                     start,
                     fingerprint,
                     avoid,
+                    shun,
                     after,
                 } => {
                     let route = Route {
@@ -354,6 +239,7 @@ impl RequestState {
                         start,
                         fingerprint,
                         avoid,
+                        shun,
                         reply: me.clone(),
                     };
                     if after.is_zero() {
@@ -375,6 +261,9 @@ impl RequestState {
                         audience.outbox.send(message);
                     }
                 }
+                Effect::More => {
+                    me.cast(RequestMsg::More).ok();
+                }
                 Effect::StreamEnded { stream } => {
                     self.guard.audience = None;
                     if let Some(audience) = self.audience.take() {
@@ -393,6 +282,7 @@ impl RequestState {
                         .ok();
                 }
                 Effect::Observe(observation) => {
+                    self.log(&observation);
                     self.surroundings.metrics.observe(&self.core, observation)
                 }
             }
@@ -457,6 +347,9 @@ impl RequestState {
         if !self.core.admission().resumable {
             return self.core.cancel(now);
         }
+        if self.core.outcome().is_some() {
+            return Vec::new();
+        }
         let watch = self.watch;
         me.send_after(self.surroundings.resume_grace, move || {
             RequestMsg::Abandoned { watch }
@@ -484,34 +377,15 @@ impl RequestState {
         watch: u64,
         viewed: Position,
     ) -> Vec<Effect> {
-        if watch == self.watch && self.core.viewed() == Some(viewed) {
+        if watch != self.watch {
+            // Whoever watches now has a reminder of its own.
+            return Vec::new();
+        }
+        if self.core.viewed() == Some(viewed) {
             return self.core.give_viewer_up(UNREAD_LIMIT);
         }
         self.remind_of_viewer(me);
         Vec::new()
-    }
-
-    fn log_loss(&self, epoch: u32, cause: LossCause) {
-        let request = self.core.admission().request;
-        let (stage, committed) = (self.core.stage().as_str(), self.core.committed());
-        tracing::info!(%request, epoch, cause = cause.as_str(), stage, committed, "attempt lost, resuming from the log");
-    }
-
-    fn log_refusal(&self, epoch: u32, refusal: &Refusal) {
-        let request = self.core.admission().request;
-        match refusal {
-            Refusal::Engine(
-                error @ (AttemptError::ReplayMismatch { .. } | AttemptError::NotFinite { .. }),
-            ) => {
-                let at = self
-                    .core
-                    .at()
-                    .map(|at| format!("{}@{}", at.replica, at.peer.node));
-                let at = at.unwrap_or_default();
-                tracing::warn!(%request, epoch, replica = at, %error, "a replica computes other numbers: check its weights and memory");
-            }
-            refusal => tracing::debug!(%request, epoch, ?refusal, "attempt refused"),
-        }
     }
 }
 

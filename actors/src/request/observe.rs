@@ -42,6 +42,7 @@ impl MetricsCache {
             Observation::Replayed(tokens) => {
                 record::replayed_tokens(ReplaySource::Recompute, tokens)
             }
+            Observation::Quarantined => record::quarantined_request(),
             Observation::Ended(summary) => {
                 if let Some(Outcome::Failed(error)) = request.outcome() {
                     record::request_error(error.code.as_str());

@@ -22,6 +22,8 @@ pub struct Route<R> {
     pub fingerprint: Option<String>,
     /// Replicas that refused this log.
     pub avoid: Vec<ReplicaRef>,
+    /// The replica that has just had no room for it: taken only if no other has any.
+    pub shun: Option<ReplicaRef>,
     /// Whom to tell.
     pub reply: R,
 }
@@ -65,6 +67,8 @@ pub enum Effect<R> {
         at: ReplicaRef,
         attempt: AttemptId,
     },
+    /// A host has stopped reporting: what ran there is lost, as the effects that follow say.
+    Silent(PeerId),
     /// The attempt's host is gone.
     Lost {
         attempt: AttemptId,
@@ -104,7 +108,12 @@ pub struct Limits {
     pub no_replica_timeout: Duration,
     /// How many may wait.
     pub max_waiting: usize,
+    /// A host that reports nothing for this long, though its heartbeats may go on, serves nobody.
+    pub report_timeout: Duration,
 }
+
+/// A tick that comes later than this after the one before says that this router was held up itself.
+const LATE_TICK: Duration = Duration::from_millis(500);
 
 /// See the module.
 #[derive(Debug)]
@@ -113,6 +122,9 @@ pub struct RouterCore<R> {
     replicas: BTreeMap<ReplicaRef, Replica>,
     waiting: VecDeque<Waiting<R>>,
     running: HashMap<AttemptId, Running<R>>,
+    /// When each host last reported.
+    heard: BTreeMap<PeerId, Instant>,
+    last_tick: Option<Instant>,
 }
 
 impl<R: Clone> RouterCore<R> {
@@ -122,6 +134,8 @@ impl<R: Clone> RouterCore<R> {
             replicas: BTreeMap::new(),
             waiting: VecDeque::new(),
             running: HashMap::new(),
+            heard: BTreeMap::new(),
+            last_tick: None,
         }
     }
 
@@ -195,6 +209,7 @@ impl<R: Clone> RouterCore<R> {
         }
         self.replicas.retain(|at, _| at.peer != *peer);
         self.replicas.append(&mut fresh);
+        self.heard.insert(peer.clone(), now);
         self.settle(now)
     }
 
@@ -208,8 +223,9 @@ impl<R: Clone> RouterCore<R> {
         self.settle(now)
     }
 
-    /// A node is gone, and with it every attempt there.
+    /// A node is gone, and with it every attempt there. Should it be reachable after all, it is told to stop them.
     pub fn peer_down(&mut self, peer: &PeerId, now: Instant) -> Vec<Effect<R>> {
+        self.heard.remove(peer);
         self.replicas.retain(|at, _| at.peer != *peer);
         let lost: Vec<AttemptId> = self
             .running
@@ -217,24 +233,45 @@ impl<R: Clone> RouterCore<R> {
             .filter(|(_, running)| running.at.peer == *peer)
             .map(|(id, _)| *id)
             .collect();
-        let mut effects: Vec<Effect<R>> = lost
-            .into_iter()
-            .filter_map(|attempt| {
-                let running = self.running.remove(&attempt)?;
-                Some(Effect::Lost {
-                    attempt,
-                    cause: LossCause::NodeDown,
-                    reply: running.reply,
-                })
-            })
-            .collect();
+        let mut effects = Vec::new();
+        for attempt in lost {
+            let Some(Running { at, reply }) = self.running.remove(&attempt) else {
+                continue;
+            };
+            effects.push(Effect::Cancel { at, attempt });
+            effects.push(Effect::Lost {
+                attempt,
+                cause: LossCause::NodeDown,
+                reply,
+            });
+        }
         effects.extend(self.settle(now));
         effects
     }
 
-    /// Time passes: attempts that waited too long are told.
+    /// Time passes: attempts that waited too long are told, and hosts that report no more are taken for gone. (Heartbeats
+    /// have a thread of their own: they go on where a host's actors are stuck.)
     pub fn tick(&mut self, now: Instant) -> Vec<Effect<R>> {
-        self.settle(now)
+        let last = self.last_tick.replace(now);
+        if last.is_some_and(|last| now.saturating_duration_since(last) > LATE_TICK) {
+            // Reports may wait behind this very tick.
+            self.heard.values_mut().for_each(|heard| *heard = now);
+        }
+        let timeout = self.limits.report_timeout;
+        let silent = |heard: &Instant| now.saturating_duration_since(*heard) >= timeout;
+        let silent: Vec<PeerId> = self
+            .heard
+            .iter()
+            .filter(|(_, heard)| silent(heard))
+            .map(|(peer, _)| peer.clone())
+            .collect();
+        let mut effects = Vec::new();
+        for peer in silent {
+            effects.push(Effect::Silent(peer.clone()));
+            effects.extend(self.peer_down(&peer, now));
+        }
+        effects.extend(self.settle(now));
+        effects
     }
 
     /// All replicas known, with the load this gateway gives them.
@@ -307,11 +344,21 @@ impl<R: Clone> RouterCore<R> {
     }
 
     fn place(&mut self, route: &Route<R>) -> Option<(ReplicaRef, String)> {
+        self.place_at(route, |at| route.shun.as_ref() != Some(at))
+            .or_else(|| self.place_at(route, |at| route.shun.as_ref() == Some(at)))
+    }
+
+    fn place_at(
+        &mut self,
+        route: &Route<R>,
+        allowed: impl Fn(&ReplicaRef) -> bool,
+    ) -> Option<(ReplicaRef, String)> {
         let (refs, candidates): (Vec<ReplicaRef>, Vec<Candidate>) = self
             .replicas
             .iter()
             .filter(|(at, replica)| usable(at, replica, route) && matches(replica, route))
             .filter(|(_, replica)| replica.outstanding < replica.report.capacity)
+            .filter(|(at, _)| allowed(at))
             .map(|(at, replica)| (at.clone(), candidate(replica)))
             .unzip();
         let request = route.start.attempt.request;
@@ -336,6 +383,18 @@ impl<R: Clone> RouterCore<R> {
             && of_model.all(|(_, r)| r.report.state == ReplicaState::Down)
         {
             return Some(Unroutable::AllDown { model });
+        }
+        // Every replica is in service, and every one refused this log: none of them will think better of it.
+        let all_refused = |at: &ReplicaRef, replica: &Replica| {
+            replica.report.state == ReplicaState::Ready && route.avoid.contains(at)
+        };
+        let mut of_model = self
+            .replicas
+            .iter()
+            .filter(|(at, _)| at.replica.model == model)
+            .peekable();
+        if of_model.peek().is_some() && of_model.all(|(at, r)| all_refused(at, r)) {
+            return Some(Unroutable::AllRefused { model });
         }
         let waited = now.saturating_duration_since(waiting.since);
         if waited < self.limits.no_replica_timeout {

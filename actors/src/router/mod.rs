@@ -13,7 +13,7 @@ use understudy_protocol::{ErrorCode, RequestId};
 
 use understudy_telemetry::record;
 
-use crate::peer::{Links, LossCause, PeerMessage, Refusal, ReplicaReport};
+use crate::peer::{Links, LossCause, PeerMessage, Refusal, ReplicaId, ReplicaReport};
 use crate::request::RequestMsg;
 
 pub mod core;
@@ -63,6 +63,8 @@ pub struct Identity {
     pub cluster: String,
     pub version: String,
     pub roles_of: Vec<(String, Vec<String>)>,
+    /// Every replica that the configuration places, and its node.
+    pub placed: Vec<(ReplicaId, String)>,
 }
 
 pub struct RouterArgs {
@@ -176,6 +178,7 @@ impl RouterState {
                         start,
                     };
                     let peer = to.peer.clone();
+                    tracing::debug!(request = %RequestId(attempt.request), epoch = attempt.epoch, worker = %format_args!("{}@{}", to.replica, peer.node), "attempt dispatched");
                     // Before the attempt is sent: its first token must not overtake this message.
                     reply
                         .cast(RequestMsg::Dispatched {
@@ -201,6 +204,9 @@ impl RouterState {
                             },
                         )
                         .ok();
+                }
+                Effect::Silent(peer) => {
+                    tracing::warn!(%peer, "a host has stopped reporting, though its connection lives: its requests go on elsewhere");
                 }
                 Effect::Lost {
                     attempt,
@@ -277,14 +283,25 @@ impl RouterState {
             node: self.links.me().node.to_string(),
             version: self.identity.version.clone(),
             nodes: self.nodes(),
-            replicas: self
-                .core
-                .replicas()
-                .map(|(_, report, suspect, _)| shown(report, suspect))
-                .collect(),
+            replicas: self.replicas(),
             requests_in_flight: (self.core.running_count() + self.core.waiting_count()) as u32,
             ..ClusterStatus::default()
         }
+    }
+
+    /// What the hosts report, and what they should report and do not.
+    fn replicas(&self) -> Vec<ReplicaStatus> {
+        let known = self.core.replicas();
+        let mut shown: Vec<ReplicaStatus> = known
+            .map(|(_, report, suspect, outstanding)| shown(report, suspect, outstanding))
+            .collect();
+        for (id, node) in &self.identity.placed {
+            if !self.core.replicas().any(|(at, ..)| at.replica == *id) {
+                shown.push(unreachable(id, node));
+            }
+        }
+        shown.sort_by(|a, b| (&a.model, a.replica).cmp(&(&b.model, b.replica)));
+        shown
     }
 
     fn nodes(&self) -> Vec<NodeStatus> {
@@ -329,10 +346,24 @@ impl RouterState {
     }
 }
 
-fn shown(report: &ReplicaReport, suspect: bool) -> ReplicaStatus {
+/// Reports are up to an interval old: what this gateway has there, it knows better.
+fn shown(report: &ReplicaReport, suspect: bool, outstanding: u32) -> ReplicaStatus {
     let mut status = report.status.clone();
+    status.in_flight = status.in_flight.max(outstanding);
     if suspect {
         status.state = "suspect".into();
     }
     status
+}
+
+/// A replica of which no host speaks.
+fn unreachable(id: &ReplicaId, node: &str) -> ReplicaStatus {
+    ReplicaStatus {
+        model: id.model.to_string(),
+        node: node.to_owned(),
+        replica: id.index,
+        state: "unreachable".into(),
+        in_flight: 0,
+        workers: Vec::new(),
+    }
 }

@@ -5,8 +5,17 @@ use understudy_engine_core::frame::OutputToken;
 use understudy_engine_core::text::TextModel;
 use understudy_protocol::RequestId;
 
+use understudy_engine_core::frame::{AttemptId, StartAttempt};
+use understudy_protocol::message::Sampling;
+
 use super::*;
 use crate::peer::ReplicaId;
+
+const SETTINGS: Settings = Settings {
+    max_attempts: 3,
+    max_engine_deaths: 10,
+    no_replica_timeout: Duration::from_secs(10),
+};
 
 /// Ids 0..=8 are the words w0 … w8, each with a space before it; 9 ends the sequence.
 fn model() -> &'static TextModel {
@@ -52,14 +61,13 @@ fn admission(stop: &[&str]) -> Admission {
 }
 
 fn core(stop: &[&str]) -> RequestCore {
+    core_with(stop, SETTINGS)
+}
+
+fn core_with(stop: &[&str], settings: Settings) -> RequestCore {
     let admission = admission(stop);
     let text = TextFold::new(model(), &admission).unwrap();
-    let mut core = RequestCore::new(
-        admission,
-        text,
-        Settings { max_attempts: 3 },
-        Instant::now(),
-    );
+    let mut core = RequestCore::new(admission, text, settings, Instant::now());
     core.start();
     core
 }
@@ -306,24 +314,157 @@ fn a_request_on_which_engines_die_steps_aside() {
     assert!(pause(&core.lost(3, LossCause::EngineExit, now)).is_zero());
 }
 
+/// A request on which engines die again and again is the one that kills them: it ends, and takes no more along.
 #[test]
-fn a_full_engine_is_no_lost_attempt() {
+fn a_request_that_kills_engines_is_ended_for_good() {
+    let now = Instant::now();
+    let settings = Settings {
+        max_attempts: 100,
+        max_engine_deaths: 3,
+        ..SETTINGS
+    };
+    let mut core = core_with(&[], settings);
+    core.attach(1, 0, 100).unwrap();
+    // Nodes that leave, and messages that are lost, are no evidence.
+    for cause in [LossCause::NodeDown, LossCause::Stopped, LossCause::Gap] {
+        for _ in 0..5 {
+            assert!(terminals(&core.lost(core.epoch(), cause, now)).is_empty());
+        }
+    }
+    core.lost(core.epoch(), LossCause::EngineExit, now);
+    core.lost(core.epoch(), LossCause::EngineHang, now);
+    // A token shows that it is not that request.
+    core.tokens(vec![token(core.epoch(), 0, 2)], now);
+    core.lost(core.epoch(), LossCause::EngineExit, now);
+    core.lost(core.epoch(), LossCause::EngineExit, now);
+    let end = core.lost(core.epoch(), LossCause::EngineExit, now);
+    let [ServerMessage::Error { error, .. }] = terminals(&end)[..] else {
+        panic!("one end")
+    };
+    assert_eq!(
+        (error.code, error.retriable),
+        (ErrorCode::AttemptsExhausted, false)
+    );
+    assert!(end.contains(&Effect::Observe(Observation::Quarantined)));
+}
+
+fn full() -> Refusal {
+    Refusal::Engine(AttemptError::Full {
+        running: 1,
+        waiting: 1,
+        limit: 2,
+    })
+}
+
+#[test]
+fn a_full_engine_is_no_lost_attempt_and_not_asked_for_ever() {
+    let start = Instant::now();
+    let mut core = core(&[]);
+    core.attach(1, 0, 100).unwrap();
+    let mut now = start;
+    while now < start + SETTINGS.no_replica_timeout {
+        core.dispatched(core.epoch(), at("a"), "f".into(), now);
+        let effects = core.refused(core.epoch(), full(), now);
+        let after = effects.iter().find_map(|e| match e {
+            Effect::Route { after, shun, .. } => {
+                assert_eq!(*shun, Some(at("a")), "any other replica is better");
+                Some(*after)
+            }
+            _ => None,
+        });
+        let after = after.expect("asked again");
+        assert!(!after.is_zero());
+        assert_eq!(core.stage(), Stage::Queued, "no engine ever took it");
+        now += after;
+    }
+    let end = core.refused(core.epoch(), full(), now);
+    let [ServerMessage::Error { error, .. }] = terminals(&end)[..] else {
+        panic!("one end")
+    };
+    assert_eq!(error.code, ErrorCode::Overloaded);
+    assert!(error.retriable);
+}
+
+#[test]
+fn progress_starts_the_time_of_refusals_over() {
+    let start = Instant::now();
+    let mut core = core(&[]);
+    core.refused(1, full(), start);
+    core.tokens(vec![token(2, 0, 2)], start);
+    core.lost(2, LossCause::NodeDown, start);
+    let late = start + SETTINGS.no_replica_timeout;
+    core.refused(3, full(), late);
+    assert!(core.outcome().is_none());
+}
+
+/// Whoever cancels has no use for what is left, and must not have to pay for the end of it.
+#[test]
+fn a_cancelled_stream_ends_without_credit() {
     let now = Instant::now();
     let mut core = core(&[]);
-    for _ in 0..20 {
-        let full = AttemptError::Full {
-            running: 1,
-            waiting: 1,
-            limit: 2,
-        };
-        let effects = core.refused(core.epoch(), Refusal::Engine(full), now);
-        assert!(
-            effects
-                .iter()
-                .any(|e| matches!(e, Effect::Route { after, .. } if !after.is_zero()))
-        );
+    core.attach(1, 0, 1).unwrap();
+    for position in 0..5 {
+        core.tokens(vec![token(1, position, position)], now);
     }
-    assert!(core.outcome().is_none());
+    let effects = core.cancel(now);
+    assert!(shown(&effects).is_empty());
+    assert!(matches!(
+        terminals(&effects)[..],
+        [ServerMessage::Finished {
+            finish_reason: FinishReason::Cancelled,
+            ..
+        }]
+    ));
+    assert!(core.is_over());
+    // The log is whole for whoever reads it again.
+    let again = core.attach(2, 0, 100).unwrap();
+    assert_eq!(shown(&again).len(), 5);
+}
+
+#[test]
+fn a_cancel_after_the_end_still_gives_the_end() {
+    let now = Instant::now();
+    let mut core = core(&[]);
+    core.attach(1, 0, 1).unwrap();
+    let ids = [2, 3, 9];
+    for (position, id) in ids.into_iter().enumerate() {
+        core.tokens(vec![token(1, position as u32, id)], now);
+    }
+    assert!(!core.is_over());
+    assert_eq!(terminals(&core.cancel(now)).len(), 1);
+    assert!(core.is_over());
+}
+
+#[test]
+fn a_connection_that_is_full_holds_the_stream_and_lets_it_go_on() {
+    let now = Instant::now();
+    let mut core = core(&[]);
+    core.attach(1, 0, 100).unwrap();
+    core.hold(true);
+    for (position, id) in [2, 3, 9].into_iter().enumerate() {
+        let effects = core.tokens(vec![token(1, position as u32, id)], now);
+        assert!(shown(&effects).is_empty() && terminals(&effects).is_empty());
+    }
+    let effects = core.hold(false);
+    assert_eq!((shown(&effects).len(), terminals(&effects).len()), (3, 1));
+}
+
+#[test]
+fn a_long_log_is_shown_in_several_turns() {
+    let now = Instant::now();
+    let mut core = core(&[]);
+    let total = 600;
+    for position in 0..total {
+        core.tokens(vec![token(1, position, 2)], now);
+    }
+    let mut effects = core.attach(1, 0, 10_000).unwrap();
+    let (mut seen, mut turns) = (shown(&effects).len(), 1);
+    while effects.contains(&Effect::More) {
+        effects = core.more();
+        seen += shown(&effects).len();
+        turns += 1;
+    }
+    assert_eq!((seen, turns), (total as usize, 3));
 }
 
 #[test]
@@ -381,6 +522,8 @@ fn every_seeded_storm_shows_the_same_stream() {
             text,
             Settings {
                 max_attempts: u32::MAX,
+                max_engine_deaths: u32::MAX,
+                ..SETTINGS
             },
             now,
         );
@@ -415,7 +558,13 @@ fn every_seeded_storm_shows_the_same_stream() {
                     let position = next[of].min(ids.len() as u32 - 1);
                     next[of] = position + 1;
                     let lost_on_the_way = random.u8(0..12) == 0;
-                    let message = vec![token(of as u32, position, ids[position as usize])];
+                    // What a zombie says must not matter: it says something else.
+                    let id = if of == epoch {
+                        ids[position as usize]
+                    } else {
+                        8
+                    };
+                    let message = vec![token(of as u32, position, id)];
                     if lost_on_the_way {
                         Vec::new()
                     } else {
@@ -470,7 +619,7 @@ fn a_closed_log_is_read_again_just_as_it_was() {
         })
         .unwrap();
     let text = TextFold::new(model(), &kept.admission).unwrap();
-    let mut again = RequestCore::finished(*kept, text, now);
+    let mut again = RequestCore::finished(*kept, text, SETTINGS, now);
     let second = again.attach(1, 0, 100).unwrap();
     assert_eq!(shown(&second), shown(&first));
     assert_eq!(terminals(&second), terminals(&first));

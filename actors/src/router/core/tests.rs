@@ -11,6 +11,7 @@ use crate::peer::ReplicaId;
 const LIMITS: Limits = Limits {
     no_replica_timeout: Duration::from_secs(10),
     max_waiting: 4,
+    report_timeout: Duration::from_secs(60),
 };
 
 type Core = RouterCore<u32>;
@@ -53,6 +54,7 @@ fn route(request: u128, epoch: u32) -> Route<u32> {
         },
         fingerprint: None,
         avoid: Vec::new(),
+        shun: None,
         reply: request as u32,
     }
 }
@@ -133,6 +135,11 @@ fn a_lost_node_loses_its_attempts_and_nothing_else() {
         .collect();
     assert_eq!(told.len(), 2);
     assert_eq!(core.running_count(), 2);
+    // Should the node live after all, it must not work on.
+    let cancelled = lost
+        .iter()
+        .filter(|effect| matches!(effect, Effect::Cancel { at, .. } if at.peer == peer("b", 1)));
+    assert_eq!(cancelled.count(), 2);
     assert!(core.peer_down(&peer("b", 1), now).is_empty(), "once");
 }
 
@@ -316,4 +323,105 @@ fn outstanding_always_equals_running() {
             );
         }
     }
+}
+
+/// Heartbeats live on a thread of their own: a host whose actors are stuck is found by its reports.
+#[test]
+fn a_host_that_reports_no_more_is_given_up() {
+    let start = Instant::now();
+    let mut core = two_hosts(start);
+    for request in 0..4 {
+        core.route(route(request, 1), start);
+    }
+    let step = Duration::from_millis(100);
+    let mut now = start;
+    let lost = loop {
+        now += step;
+        core.report(
+            &peer("a", 1),
+            vec![report(0, ReplicaState::Ready, "f")],
+            now,
+        );
+        let effects = core.tick(now);
+        if !effects.is_empty() {
+            break effects;
+        }
+    };
+    assert_eq!(now - start, LIMITS.report_timeout);
+    assert!(matches!(&lost[0], Effect::Silent(silent) if *silent == peer("b", 1)));
+    let count = |wanted: fn(&Effect<u32>) -> bool| lost.iter().filter(|e| wanted(e)).count();
+    assert_eq!(count(|e| matches!(e, Effect::Lost { .. })), 2);
+    assert_eq!(count(|e| matches!(e, Effect::Cancel { .. })), 2);
+    core.report(
+        &peer("b", 1),
+        vec![report(1, ReplicaState::Ready, "f")],
+        now,
+    );
+    assert_eq!(
+        dispatched(&core.route(route(9, 1), now)),
+        [("b:m/1".to_owned(), 9)],
+        "its next report brings it back"
+    );
+}
+
+#[test]
+fn a_router_that_was_held_up_blames_nobody() {
+    let start = Instant::now();
+    let mut core = two_hosts(start);
+    core.route(route(1, 1), start);
+    core.tick(start);
+    assert!(core.tick(start + 10 * LIMITS.report_timeout).is_empty());
+    assert_eq!(core.running_count(), 1);
+}
+
+#[test]
+fn who_has_just_refused_is_asked_last() {
+    let now = Instant::now();
+    let mut core = two_hosts(now);
+    let refuser = ReplicaRef {
+        peer: peer("a", 1),
+        replica: ReplicaId {
+            model: Arc::from("m"),
+            index: 0,
+        },
+    };
+    let mut places = Vec::new();
+    for request in 0..4 {
+        let shunning = Route {
+            shun: Some(refuser.clone()),
+            ..route(request, 2)
+        };
+        places.extend(dispatched(&core.route(shunning, now)));
+    }
+    let at: Vec<&str> = places.iter().map(|(place, _)| place.as_str()).collect();
+    assert_eq!(at, ["b:m/1", "b:m/1", "a:m/0", "a:m/0"]);
+}
+
+#[test]
+fn a_log_that_every_replica_refused_fails_at_once() {
+    let now = Instant::now();
+    let mut core = Core::new(LIMITS);
+    core.report(
+        &peer("a", 1),
+        vec![report(0, ReplicaState::Ready, "f")],
+        now,
+    );
+    let refuser = ReplicaRef {
+        peer: peer("a", 1),
+        replica: ReplicaId {
+            model: Arc::from("m"),
+            index: 0,
+        },
+    };
+    let avoiding = Route {
+        avoid: vec![refuser],
+        ..route(1, 2)
+    };
+    assert!(matches!(
+        &core.route(avoiding, now)[..],
+        [Effect::Unroutable {
+            reason: Unroutable::AllRefused { .. },
+            ..
+        }]
+    ));
 }
