@@ -3,12 +3,12 @@
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
-use understudy_client::{ErrorCode, Request};
+use understudy_client::{ErrorCode, Input, Request};
 use understudy_protocol::message::ReplicaStatus;
 use understudy_tests::wait::until;
-use understudy_tests::{Engine, TestCluster, TestClusterBuilder, collect, oracle, scrape};
+use understudy_tests::{Engine, TestCluster, TestClusterBuilder, collect, scrape};
 
-use super::requests::{assert_same, nth, refused, run_all};
+use super::requests::{KINDS, assert_same, nth, refused, run_all};
 
 /// Streams at once, over two replicas.
 const STREAMS: u32 = 32;
@@ -17,7 +17,7 @@ const TOKENS: u32 = 400;
 const SOON: Duration = Duration::from_secs(20);
 
 /// Kills come quickly here: what is tested is recovery, not the restart intensity.
-const PATIENT: &str = "[restart]\nintensity = 1000\nbackoff_initial_ms = 10\nbackoff_max_ms = 50\n[recovery]\nmax_attempts = 1000";
+const PATIENT: &str = "[restart]\nintensity = 1000\nbackoff_initial_ms = 10\nbackoff_max_ms = 50\n[recovery]\nmax_attempts = 1000\nmax_engine_deaths = 1000";
 
 fn fake() -> TestClusterBuilder {
     TestClusterBuilder::new(Engine::Fake)
@@ -73,20 +73,28 @@ async fn an_engine_is_killed_under_32_streams() {
     );
 }
 
+/// Killed, stopped, and lost with its node: LibTorch's streams go on as the fake engine's do.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_real_engine_is_killed_under_32_streams() {
+async fn real_engines_are_killed_stopped_and_lost_under_32_streams() {
     let cluster = TestClusterBuilder::new(Engine::Real)
         .settings(PATIENT)
         .start_ready()
         .await;
     let Some(mut cluster) = cluster else { return };
-    with_fault(&mut cluster, async |cluster| {
-        let pid = cluster.engine_pid(0).await;
-        cluster.signal(pid, Signal::SIGKILL);
-    })
-    .await;
-    cluster.wait_ready().await;
-    assert!(recoveries(&cluster, "engine_exit").await > 0.0);
+    for (signal, cause) in [
+        (Signal::SIGKILL, "engine_exit"),
+        (Signal::SIGSTOP, "engine_hang"),
+    ] {
+        with_fault(&mut cluster, async |cluster| {
+            let pid = cluster.engine_pid(0).await;
+            cluster.signal(pid, signal);
+        })
+        .await;
+        cluster.wait_ready().await;
+        assert!(recoveries(&cluster, cause).await > 0.0, "{cause}");
+    }
+    with_fault(&mut cluster, async |cluster| cluster.kill_node(1)).await;
+    assert!(recoveries(&cluster, "node_lost").await > 0.0);
 }
 
 /// Requests keep coming while engines die: what is on its way to a dying worker must not be forgotten. With the
@@ -137,13 +145,17 @@ async fn a_host_node_is_killed_and_comes_back() {
 async fn a_stopped_engine_is_found_and_replaced() {
     let mut cluster = fake().start_ready().await.expect("the fake engine");
     let pid = cluster.engine_pid(0).await;
-    let stopped = Instant::now();
     with_fault(&mut cluster, async |cluster| {
         cluster.signal(pid, Signal::SIGSTOP)
     })
     .await;
-    assert!(recoveries(&cluster, "engine_hang").await > 0.0);
-    assert!(stopped.elapsed() < SOON);
+    let recovered = recoveries(&cluster, "engine_hang").await;
+    assert!(recovered > 0.0);
+    // What clients waited, detection included: the limit of 800 ms for a silent engine, and a little.
+    let text = scrape::text(&cluster.metrics_address(0)).await;
+    let stalled = scrape::sum(&text, "understudy_recovery_stall_seconds_sum", "");
+    let mean = stalled / scrape::sum(&text, "understudy_recovery_stall_seconds_count", "");
+    assert!((0.4..3.0).contains(&mean), "streams stalled {mean} s");
     cluster.wait_ready().await;
     assert_ne!(cluster.engine_pid(0).await, pid);
 }
@@ -153,11 +165,15 @@ async fn a_stopped_node_is_fenced_and_its_late_words_change_nothing() {
     let mut cluster = fake().start_ready().await.expect("the fake engine");
     let node = cluster.node_pid(1);
     with_fault(&mut cluster, async |cluster| {
-        cluster.signal(node, Signal::SIGSTOP)
+        cluster.signal(node, Signal::SIGSTOP);
+        until("requests that go on elsewhere", SOON, || async {
+            (recoveries(cluster, "node_lost").await > 0.0).then_some(())
+        })
+        .await;
+        // It wakes up while its requests are under way elsewhere, and says what it has left to say.
+        cluster.signal(node, Signal::SIGCONT);
     })
     .await;
-    assert!(recoveries(&cluster, "node_lost").await > 0.0);
-    cluster.signal(node, Signal::SIGCONT);
     // The node was declared dead: it has to come back as a new session, and then serve again.
     cluster.wait_ready().await;
     let client = cluster.client();
@@ -186,77 +202,88 @@ async fn a_hung_step_is_found_under_a_live_heartbeat() {
     std::fs::remove_file(&marker).ok();
 }
 
-/// One stream, and a kill at each of its positions, prefill included.
+/// One stream of each kind, and an engine's death at each of its positions, prefill included: the engine aborts where it
+/// would compute the token.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_kill_at_every_position_does_not_show() {
+async fn a_death_at_every_position_does_not_show() {
     const POSITIONS: u32 = 24;
+    /// The position, prompt included, that no engine survives once.
+    const DEADLY: u32 = 63;
+    let marker = std::env::temp_dir().join(format!("understudy-deadly-{}", std::process::id()));
+    std::fs::write(&marker, "").expect("a marker");
     let cluster = fake()
-        .step_ms(2)
+        .step_ms(1)
+        .env("UNDERSTUDY_FAKE_ABORT_AT_POSITION", DEADLY)
+        .env("UNDERSTUDY_FAKE_ONCE", marker.display())
         .start_ready()
         .await
         .expect("the fake engine");
     let client = cluster.client();
-    for kind in 0..super::requests::KINDS {
-        let expected = collect(&client, nth(kind, POSITIONS))
-            .await
-            .expect("the fault-free run");
-        for at in 0..=expected.ids.len() as u32 {
-            cluster.wait_ready().await;
-            let got = collect_with_kill(&cluster, nth(kind, POSITIONS), at).await;
-            assert_eq!(expected, got, "kind {kind}, kill at position {at}");
+    for kind in 0..KINDS {
+        for at in 0..POSITIONS {
+            let mut request = nth(kind, POSITIONS);
+            // Token `at` of the output comes from computing the position before it.
+            let prompt = (0..DEADLY + 1 - at).map(|n| 17 + (n + kind) % 100);
+            request.input = Input::TokenIds(prompt.collect());
+            // No fault strikes while the marker is there.
+            let expected = collect(&client, request.clone()).await;
+            let expected = expected.expect("the fault-free run");
+            let before = recoveries(&cluster, "engine_exit").await;
+            std::fs::remove_file(&marker).expect("the marker");
+            let got = collect(&client, request).await.expect("a stream");
+            assert_eq!(expected, got, "kind {kind}, death at position {at}");
+            if expected.ids.len() as u32 > at {
+                assert!(marker.exists(), "kind {kind}, position {at}: it struck");
+                let recovered = recoveries(&cluster, "engine_exit").await - before;
+                assert_eq!(recovered, 1.0, "kind {kind}, death at position {at}");
+            } else {
+                std::fs::write(&marker, "").expect("a marker");
+            }
         }
     }
+    std::fs::remove_file(&marker).ok();
 }
 
-/// Kills the engine that serves the request as soon as the client has seen `at` tokens.
-async fn collect_with_kill(
-    cluster: &TestCluster,
-    mut request: Request,
-    at: u32,
-) -> oracle::Transcript {
-    use understudy_client::Event;
-    request.sampling.logprobs = true;
-    let pids = [cluster.engine_pid(0).await, cluster.engine_pid(1).await];
-    let mut stream = cluster.client().submit(request).await.expect("a stream");
-    let mut transcript: Option<oracle::Transcript> = None;
-    let (mut ids, mut logprob_bits, mut text) = (Vec::new(), Vec::new(), String::new());
-    let mut killed = false;
-    while let Some(event) = stream.next().await.expect("a stream without errors") {
-        match event {
-            Event::Accepted(_) => {}
-            Event::Token(token) => {
-                assert_eq!(token.position as usize, ids.len());
-                ids.push(token.id);
-                logprob_bits.push(token.logprob.expect("asked for").to_bits());
-                text.push_str(&token.text);
-            }
-            Event::Finished(end) => {
-                text.push_str(&end.text);
-                let (ids, logprob_bits, text) = (ids.clone(), logprob_bits.clone(), text.clone());
-                let (finish_reason, usage) = (end.finish_reason, end.usage);
-                transcript = Some(oracle::Transcript {
-                    ids,
-                    logprob_bits,
-                    text,
-                    finish_reason,
-                    usage,
-                });
-            }
-        }
-        if !killed && ids.len() as u32 >= at {
-            killed = true;
-            // One of the two serves it: killing both, one after the other, would also be survived, but take longer.
-            let serving = cluster.status().await.and_then(|status| {
-                let busy = status
-                    .replicas
-                    .into_iter()
-                    .find(|replica| replica.in_flight > 0)?;
-                busy.workers.first()?.engine_pid
-            });
-            cluster.signal(serving.unwrap_or(pids[0]), Signal::SIGKILL);
-        }
+/// One request kills every engine that touches it. With the settings that ship: it ends, its neighbours notice nothing,
+/// and no replica goes out of service for it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_poison_request_ends_and_takes_nobody_along() {
+    const NEIGHBOURS: u32 = 8;
+    let builder = TestClusterBuilder::new(Engine::Fake).step_ms(5);
+    let healthy = builder.clone().start_ready().await.expect("fake");
+    let expected = run_all(&healthy.client(), NEIGHBOURS, TOKENS).await;
+    drop(healthy);
+    // A token that no neighbour has.
+    let used = |id: &u32| expected.iter().any(|seen| seen.ids.contains(id));
+    let poison = (1200..1600).find(|id| !used(id)).expect("an unused token");
+    let cluster = builder
+        .env("UNDERSTUDY_FAKE_ABORT_ON_TOKEN", poison)
+        .start_ready()
+        .await
+        .expect("the fake engine");
+    let client = cluster.client();
+    let neighbours = tokio::spawn({
+        let client = client.clone();
+        async move { run_all(&client, NEIGHBOURS, TOKENS).await }
+    });
+    until("neighbours under way", SOON, || async {
+        (cluster.status().await?.requests_in_flight == NEIGHBOURS).then_some(())
+    })
+    .await;
+    let poison = Request::token_ids(vec![17, poison, 18]);
+    let error = collect(&client, poison).await.expect_err("an end");
+    assert_eq!(error.code(), Some(ErrorCode::AttemptsExhausted), "{error}");
+    assert!(!error.is_retriable(), "trying again kills more engines");
+    assert_same(&expected, &neighbours.await.expect("the neighbours"));
+    cluster.wait_ready().await;
+    let deaths = cluster.worker(0).await.restarts + cluster.worker(1).await.restarts;
+    assert!((1..=4).contains(&deaths), "{deaths} engines died");
+    for node in 0..2 {
+        assert!(!cluster.log(node).contains("restart intensity exceeded"));
     }
-    transcript.expect("a terminal event")
+    let text = scrape::text(&cluster.metrics_address(0)).await;
+    let quarantined = scrape::sum(&text, "understudy_quarantined_requests_total", "");
+    assert_eq!(quarantined, 1.0);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -327,6 +354,36 @@ async fn a_stopping_host_hands_its_requests_over() {
         assert_eq!(cluster.stop_node(1, SOON).await, Some(0));
     })
     .await;
+}
+
+/// The only host stops and comes back: who waits for it meanwhile is served, as after a kill.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_only_host_restarts_and_nobody_is_refused() {
+    let mut cluster = fake()
+        .gateway_and_host()
+        .replicas(1)
+        .start_ready()
+        .await
+        .expect("the fake engine");
+    let client = cluster.client();
+    let expected = run_all(&client, 8, 200).await;
+    let disturbed = tokio::spawn({
+        let client = client.clone();
+        async move { run_all(&client, 8, 200).await }
+    });
+    until("streams under way", SOON, || async {
+        (cluster.status().await?.requests_in_flight == 8).then_some(())
+    })
+    .await;
+    assert_eq!(cluster.stop_node(1, SOON).await, Some(0));
+    // Nobody can serve these now.
+    let late = tokio::spawn({
+        let client = client.clone();
+        async move { run_all(&client, 8, 200).await }
+    });
+    cluster.start_node(1);
+    assert_same(&expected, &disturbed.await.expect("the streams"));
+    assert_same(&expected, &late.await.expect("the streams"));
 }
 
 #[tokio::test(flavor = "multi_thread")]

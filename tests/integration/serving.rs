@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use understudy_client::{ErrorCode, Event, FinishReason, Input, Request};
-use understudy_tests::{Engine, TestClusterBuilder, collect, programs};
+use understudy_tests::{Engine, TestClusterBuilder, collect};
 
 use super::requests::{nth, refused};
 
@@ -204,20 +204,27 @@ async fn a_gateway_stops_cleanly() {
     assert_eq!(cluster.stop_node(1, Duration::from_secs(15)).await, Some(0));
 }
 
-/// A busy port is named, and nothing is left behind.
+/// A busy port is named with its number and what it is for, whichever it is.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_port_in_use_is_said_clearly() {
-    let cluster = TestClusterBuilder::new(Engine::Fake)
-        .start_ready()
-        .await
-        .expect("fake");
-    let second = std::process::Command::new(programs::understudy())
-        .args(["node", "--name", "a", "--config"])
-        .arg(cluster.config())
-        .output()
-        .expect("the program runs");
-    let said = String::from_utf8_lossy(&second.stderr).into_owned();
-    assert!(!second.status.success());
-    assert!(said.contains("port"), "{said}");
-    assert!(!said.contains("panicked"), "{said}");
+    for (at, what) in ["cluster port", "client_port", "metrics_port"]
+        .into_iter()
+        .enumerate()
+    {
+        let mut cluster = TestClusterBuilder::new(Engine::Fake)
+            .one_node()
+            .prepare()
+            .expect("fake");
+        let port = cluster.ports(0)[at];
+        let _holder = std::net::TcpListener::bind(("127.0.0.1", port)).expect("a free port");
+        cluster.start_node(0);
+        let code = cluster.end_of_node(0, Duration::from_secs(20)).await;
+        let said = cluster.log(0);
+        assert!(code.is_some_and(|code| code != 0), "{what}: {code:?}");
+        assert!(
+            said.contains(what) && said.contains(&port.to_string()),
+            "{what} {port}: {said}"
+        );
+        assert!(!said.contains("panicked"), "{what}: {said}");
+    }
 }

@@ -61,6 +61,12 @@ impl TestClusterBuilder {
         self
     }
 
+    /// Node `a` is gateway only, node `b` host only.
+    pub fn gateway_and_host(mut self) -> Self {
+        self.nodes = vec![("a".into(), r#"["gateway"]"#), ("b".into(), r#"["host"]"#)];
+        self
+    }
+
     /// TOML of further sections.
     pub fn settings(mut self, toml: &str) -> Self {
         self.settings.push_str(toml);
@@ -93,6 +99,15 @@ impl TestClusterBuilder {
 
     /// Starts every node. `None` if the engine is not there, which is said on standard error.
     pub fn start(self) -> Option<TestCluster> {
+        let mut cluster = self.prepare()?;
+        for node in 0..cluster.builder.nodes.len() {
+            cluster.start_node(node);
+        }
+        Some(cluster)
+    }
+
+    /// Everything but the start of the nodes. `None` if the engine is not there, which is said on standard error.
+    pub fn prepare(self) -> Option<TestCluster> {
         let engine = programs::engine(self.engine)?;
         let turn = Turn::take();
         let directory = fresh_directory();
@@ -100,20 +115,16 @@ impl TestClusterBuilder {
         let config = directory.join("cluster.toml");
         std::fs::write(&config, self.toml(&ports)).expect("the configuration can be written");
         write_cookie(&directory.join("cookie"));
-        let mut cluster = TestCluster {
+        let nodes = self.nodes.iter().map(|_| None).collect();
+        Some(TestCluster {
             engine,
             builder: self,
             directory,
             config,
             ports,
-            nodes: Vec::new(),
+            nodes,
             _turn: turn,
-        };
-        for at in 0..cluster.builder.nodes.len() {
-            let child = cluster.spawn(at);
-            cluster.nodes.push(Some(child));
-        }
-        Some(cluster)
+        })
     }
 
     /// Starts every node, and waits until every replica is ready.
@@ -194,6 +205,11 @@ impl Drop for Turn {
 impl TestCluster {
     pub fn config(&self) -> &Path {
         &self.config
+    }
+
+    /// Cluster, client and metrics port of a node.
+    pub fn ports(&self, node: usize) -> [u16; 3] {
+        self.ports[node]
     }
 
     /// `host:port` of the gateway on node `a`.
@@ -302,8 +318,14 @@ impl TestCluster {
     pub async fn stop_node(&mut self, node: usize, limit: Duration) -> Option<i32> {
         let child = self.nodes[node].as_mut().expect("the node runs");
         kill(Pid::from_raw(child.id() as i32), Signal::SIGTERM).expect("the node can be signalled");
+        self.end_of_node(node, limit).await
+    }
+
+    /// Waits for a node that ends by itself, and gives its exit code.
+    pub async fn end_of_node(&mut self, node: usize, limit: Duration) -> Option<i32> {
+        let child = self.nodes[node].as_mut().expect("the node runs");
         let cell = std::cell::RefCell::new(child);
-        let status = until("a node that stops", limit, || async {
+        let status = until("the end of a node", limit, || async {
             cell.borrow_mut().try_wait().ok().flatten()
         })
         .await;

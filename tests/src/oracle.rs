@@ -63,7 +63,7 @@ pub async fn collect(client: &Client, request: Request) -> Result<Transcript, Er
 /// # Panics
 /// As [`collect`].
 pub async fn observe(client: &Client, request: Request) -> Result<Observed, Error> {
-    observe_with(client, request, async |_| ()).await
+    observe_with(client, request, |_| ()).await
 }
 
 /// As [`observe`]; `seen` is told how many tokens the client has: 0 once the request is accepted, then after each one.
@@ -76,7 +76,7 @@ pub async fn observe(client: &Client, request: Request) -> Result<Observed, Erro
 pub async fn observe_with(
     client: &Client,
     request: Request,
-    seen: impl AsyncFnMut(u32),
+    seen: impl FnMut(u32),
 ) -> Result<Observed, Error> {
     tokio::time::timeout(STREAM_DEADLINE, run(client, request, seen))
         .await
@@ -86,7 +86,7 @@ pub async fn observe_with(
 async fn run(
     client: &Client,
     mut request: Request,
-    mut seen: impl AsyncFnMut(u32),
+    mut seen: impl FnMut(u32),
 ) -> Result<Observed, Error> {
     request.sampling.logprobs = true;
     let started = Instant::now();
@@ -96,7 +96,7 @@ async fn run(
     while let Some(event) = stream.next().await? {
         assert!(end.is_none(), "an event after the terminal one: {event:?}");
         match event {
-            Event::Accepted(_) => seen(0).await,
+            Event::Accepted(_) => seen(0),
             Event::Token(token) => {
                 assert_eq!(
                     token.position as usize,
@@ -109,7 +109,7 @@ async fn run(
                 let alternatives = token.top_logprobs.iter();
                 top.push(alternatives.map(|t| (t.id, t.logprob.to_bits())).collect());
                 text.push_str(&token.text);
-                seen(ids.len() as u32).await;
+                seen(ids.len() as u32);
             }
             Event::Finished(finished) => {
                 text.push_str(&finished.text);
