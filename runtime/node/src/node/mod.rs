@@ -17,7 +17,8 @@ use understudy_cluster::{
 };
 use understudy_config::{ClusterConfig, LoadOptions, NodeSettings, PathCheck, Role};
 use understudy_protocol::handshake::AccessTokens;
-use understudy_telemetry::{LogFormat, LogOptions, record};
+use understudy_telemetry::gauges::NodeInfo;
+use understudy_telemetry::{LogFormat, LogOptions};
 
 use crate::cli::exit::Exit;
 
@@ -65,7 +66,9 @@ pub fn run(args: NodeArgs) -> anyhow::Result<ExitCode> {
             known.join(", ")
         );
     };
-    understudy_telemetry::install_logging(&logging(&config, &args.name))?;
+    // Kept to the end of this function: what waits to be written is written when it is dropped.
+    let logs = understudy_telemetry::install_logging(&logging(&config, &args.name))?;
+    understudy_telemetry::install_panic_hook(&logs);
     for warning in warnings {
         tracing::warn!("{warning}");
     }
@@ -89,7 +92,7 @@ async fn serve(config: Arc<ClusterConfig>, node: NodeSettings) -> anyhow::Result
         }
         None => None,
     };
-    record::node_info(&node.name, version, "");
+    NodeInfo::new(&node.name, version);
     let gateway = match node.has_role(Role::Gateway) {
         true => Some(gateway_parts(&config, &node).await?),
         false => None,
@@ -109,7 +112,7 @@ async fn serve(config: Arc<ClusterConfig>, node: NodeSettings) -> anyhow::Result
     let (supervisor, ended) = Actor::spawn(None, NodeSupervisor, args)
         .await
         .map_err(|e| anyhow::anyhow!("{e}"))?;
-    tracing::info!(node = %node.name, pid = std::process::id(), cluster = %cluster.local_addr(), "node started");
+    tracing::info!(pid = std::process::id(), cluster = %cluster.local_addr(), "node started");
     let mut ended = ended;
     let asked = tokio::select! {
         _ = terminate.recv() => true,
@@ -117,7 +120,7 @@ async fn serve(config: Arc<ClusterConfig>, node: NodeSettings) -> anyhow::Result
         _ = &mut ended => false,
     };
     if asked {
-        tracing::info!(node = %node.name, "node stops");
+        tracing::info!("node stops");
         supervisor.cast(NodeMsg::Shutdown).ok();
         // A second signal is a person's impatience: engines die with this process.
         tokio::select! {
@@ -247,6 +250,7 @@ fn logging(config: &ClusterConfig, node: &str) -> LogOptions {
             .directory
             .as_ref()
             .map(|directory| directory.join(format!("{node}.log"))),
+        node: Some(node.to_owned()),
         ..LogOptions::default()
     }
     .with_environment()
