@@ -363,3 +363,7 @@ fn payloads(records: Records) -> u64 {
     let ends = |record: &Record| matches!(record, Record::Whole(_) | Record::Last(_));
     records.map_while(Result::ok).filter(ends).count() as u64
 }
+
+#[cfg(test)]
+#[path = "hub_tests.rs"]
+mod tests;
