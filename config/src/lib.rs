@@ -7,6 +7,7 @@
 //! Invariant: a [`ClusterConfig`] that `load` returned has been checked as a whole; nothing downstream checks it again.
 
 mod check;
+mod cookie;
 mod kind;
 mod load;
 mod page;
@@ -16,6 +17,7 @@ mod schema;
 mod settings;
 mod value;
 
+pub use cookie::{CookieError, MIN_COOKIE_BITS, read_cookie};
 pub use load::{ClusterConfig, LoadOptions, PathCheck};
 pub use page::page;
 pub use placement::Placement;
@@ -26,5 +28,6 @@ pub use settings::{
     MetricsSettings, ModelSettings, NodeSettings, RecoverySettings, RestartSettings, sections,
 };
 pub use value::{
-    Choice, Device, Dtype, Durability, LogFormat, LogLevel, Numerics, Role, UnknownWord,
+    Choice, ConfigMismatch, Device, Dtype, Durability, LogFormat, LogLevel, Numerics, Role,
+    UnknownWord,
 };

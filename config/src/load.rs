@@ -107,7 +107,8 @@ impl ClusterConfig {
         let base = file.parent().unwrap_or(Path::new("/")).to_owned();
         let mut reader = Reader::new(Source { file: path, text }, &base);
         let config = read(&mut reader, &file);
-        let warnings = check::check(&config, &mut reader, options);
+        let mut warnings = check::check(&config, &mut reader, options);
+        reader.forget_stand_ins(&mut warnings);
         if reader.problems.is_empty() {
             Ok((config, warnings))
         } else {
@@ -126,7 +127,8 @@ impl ClusterConfig {
     }
 
     /// A number that is equal on two nodes if, and (but for chance) only if, they agree on every key on which nodes must
-    /// agree. Comments, layout, the order of keys, and keys that may differ from machine to machine do not enter.
+    /// agree: the cluster's name, its nodes, its models, its journal. Comments, layout, the order of keys, and keys that
+    /// may differ from machine to machine do not enter.
     pub fn checksum(&self) -> u64 {
         let mut text = String::new();
         write_section(&mut text, &self.cluster);
@@ -136,11 +138,7 @@ impl ClusterConfig {
         self.models
             .iter()
             .for_each(|model| write_section(&mut text, model));
-        write_section(&mut text, &self.gateway);
         write_section(&mut text, &self.journal);
-        write_section(&mut text, &self.failure_detector);
-        write_section(&mut text, &self.restart);
-        write_section(&mut text, &self.recovery);
         fnv1a(text.as_bytes())
     }
 }
@@ -218,6 +216,22 @@ fn fill_in(config: &mut ClusterConfig, base: &Path) {
     for node in &mut config.nodes {
         if node.bind.is_empty() {
             node.bind.clone_from(&node.host);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::schema::Scope;
+    use crate::settings::sections;
+
+    /// `checksum` names the sections that it looks at, so none of the others may hold a key that it must see.
+    #[test]
+    fn keys_that_nodes_must_agree_on_stand_in_the_sections_of_the_checksum() {
+        for section in sections() {
+            let in_checksum = ["cluster", "node", "model", "journal"].contains(&section.name);
+            let shared = section.keys.iter().any(|key| key.scope == Scope::Cluster);
+            assert_eq!(shared, in_checksum, "[{}]", section.name);
         }
     }
 }

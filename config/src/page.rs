@@ -32,8 +32,9 @@ Conventions:
   `\"256MiB\"`.
 - Relative paths start from the directory of the file, not from where a command is run.
 - Unknown keys are errors, so that a misspelt one cannot silently have no effect.
-- Keys marked † may differ from machine to machine. On all others nodes must agree: they compare a checksum when they
-  meet, which comments, layout and the order of keys do not change.
+- Keys marked † may differ from machine to machine, so a node that is restarted after an edit of them joins the others as
+  before. On all others nodes must agree: they compare a checksum when they meet, which comments, layout and the order of
+  keys do not change. After an edit of such a key start all nodes anew, or set `cluster.config_mismatch` to `\"warn\"` first.
 - Each replica goes to the eligible host with the fewest replicas so far, the first in the file among equals. Every
   node works this out from the file alone.
 

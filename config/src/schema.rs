@@ -11,7 +11,7 @@ use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
 use crate::kind::{Complaint, Kind, nearest};
-use crate::problem::{Problem, Source};
+use crate::problem::{Problem, Source, Warning};
 
 /// Whether all nodes must agree on a key.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -172,6 +172,8 @@ pub(crate) struct Reader<'a> {
     pub base: &'a Path,
     pub problems: Vec<Problem>,
     places: BTreeMap<String, Range<usize>>,
+    /// Items of `[[…]]` that are no tables. A default stands in for each, so that the others keep their numbers.
+    stand_ins: Vec<String>,
 }
 
 impl<'a> Reader<'a> {
@@ -181,6 +183,7 @@ impl<'a> Reader<'a> {
             base,
             problems: Vec::new(),
             places: BTreeMap::new(),
+            stand_ins: Vec::new(),
         }
     }
 
@@ -203,6 +206,30 @@ impl<'a> Reader<'a> {
         self.source.problem(self.place(key), key, message)
     }
 
+    /// A problem with one item of the list at `key`, at the place of the item.
+    pub fn problem_in(&self, key: &str, item: usize, message: impl Into<String>) -> Problem {
+        let place = self.place(&item_of(key, item));
+        self.source
+            .problem(place.or_else(|| self.place(key)), key, message)
+    }
+
+    /// Takes back what was found out about stand-ins: that an item is no table has been said.
+    pub fn forget_stand_ins(&mut self, warnings: &mut Vec<Warning>) {
+        let stand_ins = std::mem::take(&mut self.stand_ins);
+        let is_within = |key: &str, item: &String| {
+            key.strip_prefix(item.as_str())
+                .is_some_and(|rest| rest.starts_with('.'))
+        };
+        self.problems
+            .retain(|problem| !stand_ins.iter().any(|item| is_within(&problem.key, item)));
+        warnings.retain(|warning| {
+            let key = &warning.0.key;
+            !stand_ins
+                .iter()
+                .any(|item| key == item || is_within(key, item))
+        });
+    }
+
     /// Reads `[name]`; its absence means defaults.
     pub fn section<S: Section + Default>(&mut self, root: &DeTable<'_>) -> S {
         let Some((key, value)) = entry(root, S::NAME) else {
@@ -221,7 +248,7 @@ impl<'a> Reader<'a> {
     }
 
     /// Reads every `[[name]]`.
-    pub fn sections<S: Section>(&mut self, root: &DeTable<'_>) -> Vec<S> {
+    pub fn sections<S: Section + Default>(&mut self, root: &DeTable<'_>) -> Vec<S> {
         let Some((key, value)) = entry(root, S::NAME) else {
             return Vec::new();
         };
@@ -233,20 +260,21 @@ impl<'a> Reader<'a> {
                 .push(problem.help(format!("write [[{}]] with two brackets", S::NAME)));
             return Vec::new();
         };
-        let mut sections = Vec::new();
-        for (index, item) in items.iter().enumerate() {
-            let at = format!("{}[{index}]", S::NAME);
+        self.places.insert(S::NAME.into(), key.span());
+        let read = |(index, item): (usize, &Spanned<DeValue<'_>>)| {
+            let at = item_of(S::NAME, index);
             self.places.insert(at.clone(), item.span());
-            match item.get_ref().as_table() {
-                Some(table) => sections.push(S::read(self, table, &at, item.span())),
-                None => self.problems.push(self.source.problem(
-                    Some(item.span()),
-                    &at,
-                    "expected a table",
-                )),
-            }
-        }
-        sections
+            let Some(table) = item.get_ref().as_table() else {
+                let problem = self
+                    .source
+                    .problem(Some(item.span()), &at, "expected a table");
+                self.problems.push(problem);
+                self.stand_ins.push(at);
+                return S::default();
+            };
+            S::read(self, table, &at, item.span())
+        };
+        items.iter().enumerate().map(read).collect()
     }
 
     /// Reports keys that the section does not know.
@@ -302,6 +330,9 @@ impl<'a> Reader<'a> {
             return preset.value;
         };
         self.places.insert(at.clone(), value.span());
+        for (index, item) in value.get_ref().as_array().into_iter().flatten().enumerate() {
+            self.places.insert(item_of(&at, index), item.span());
+        }
         match kind.read(self.base, value) {
             Ok(value) => value,
             Err(complaints) => {
@@ -323,6 +354,11 @@ impl<'a> Reader<'a> {
             });
         }
     }
+}
+
+/// How reports name one item of a list.
+fn item_of(key: &str, index: usize) -> String {
+    format!("{key}[{index}]")
 }
 
 fn entry<'t, 'i>(

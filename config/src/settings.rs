@@ -1,7 +1,8 @@
 //! Every key of the configuration file.
 //!
-//! `Cluster scope` keys enter the checksum that nodes compare when they meet; `Local` ones may differ from machine to
-//! machine. Units stand last in a name; durations are milliseconds.
+//! `Cluster` keys enter the checksum that nodes compare when they meet: who is there and what is served, of which every
+//! node must have the same idea. `Local` keys tell a node how to behave; they may differ from machine to machine, so that
+//! nodes can be restarted one by one after an edit. Units stand last in a name; durations are milliseconds.
 
 use std::path::PathBuf;
 
@@ -10,11 +11,15 @@ use crate::kind::{
     remote_path, size, ssh_destination, whole,
 };
 use crate::schema::{Section as _, SectionInfo, derived, preset, required, settings};
-use crate::value::{Device, Dtype, Durability, LogFormat, LogLevel, Numerics, Role};
+use crate::value::{
+    ConfigMismatch, Device, Dtype, Durability, LogFormat, LogLevel, Numerics, Role,
+};
 
 /// One day; no duration of the file may be longer.
 const DAY_MS: u64 = 86_400_000;
 const MIB: u64 = 1 << 20;
+/// Three heartbeats of an engine, which sends one every 100 ms: a single late one must not kill it.
+const LEAST_ENGINE_TIMEOUT_MS: u64 = 300;
 
 settings! {
     /// The cluster as a whole.
@@ -23,8 +28,10 @@ settings! {
         Cluster name: String = name(), preset("local".into());
         /// Directory for what a running cluster writes on a machine: cookie, process ids, logs. Created when missing.
         Local run_dir: PathBuf = path(), derived("`run/<cluster name>` beside this file");
-        /// File with the secret that nodes show each other: at least 32 characters on one line, readable by its owner only. The launch script creates it; copy the same file to every machine.
+        /// File with the secret that nodes show each other: one word of at least 128 bits (32 hexadecimal digits, 22 other characters), readable by its owner only. The launch script creates it; copy the same file to every machine.
         Local cookie_file: PathBuf = path(), derived("`cookie` in `run_dir`");
+        /// What a node does with one that started from another configuration (a key without † differs): `refuse` it, or let it in and `warn`, as while nodes are restarted one by one after an edit. Both must be willing.
+        Local config_mismatch: ConfigMismatch = one_of(), preset(ConfigMismatch::Refuse);
     }
 
     /// One machine, or one of several node processes on a machine. Give one `[[node]]` for each.
@@ -86,35 +93,35 @@ settings! {
         /// File with the token that clients must show; without it every client is admitted.
         Local token_file: Option<PathBuf> = optional(path()), preset(None);
         /// Connections open at the same time; more are refused.
-        Cluster max_connections: u32 = whole(1..=1_000_000), preset(1024);
+        Local max_connections: u32 = whole(1..=1_000_000), preset(1024);
         /// Requests in flight on one connection.
-        Cluster max_streams_per_connection: u32 = whole(1..=65_536), preset(128);
+        Local max_streams_per_connection: u32 = whole(1..=65_536), preset(128);
         /// Largest frame that a client may send.
-        Cluster max_frame_bytes: u64 = size(4096..=256 * MIB), preset(4 * MIB);
+        Local max_frame_bytes: u64 = size(4096..=256 * MIB), preset(4 * MIB);
         /// Requests in flight at one gateway; more are refused as overloaded.
-        Cluster max_requests_in_flight: u32 = whole(1..=1_000_000), preset(1024);
+        Local max_requests_in_flight: u32 = whole(1..=1_000_000), preset(1024);
         /// Token events that a client may let itself be sent ahead of reading, per request.
-        Cluster max_credit: u32 = whole(1..=1_048_576), preset(4_096);
+        Local max_credit: u32 = whole(1..=1_048_576), preset(4_096);
         /// Time for a new connection to complete its handshake.
-        Cluster handshake_timeout_ms: u64 = whole(10..=DAY_MS), preset(5_000);
+        Local handshake_timeout_ms: u64 = whole(10..=DAY_MS), preset(5_000);
         /// A connection without requests that says nothing for this long is closed.
-        Cluster idle_timeout_ms: u64 = whole(100..=DAY_MS), preset(300_000);
+        Local idle_timeout_ms: u64 = whole(100..=DAY_MS), preset(300_000);
         /// A connection that takes no byte for this long while there is something to send is closed.
-        Cluster write_timeout_ms: u64 = whole(10..=DAY_MS), preset(10_000);
+        Local write_timeout_ms: u64 = whole(10..=DAY_MS), preset(10_000);
         /// Time for a request that sets no deadline.
-        Cluster default_deadline_ms: u64 = whole(1..=DAY_MS), preset(600_000);
+        Local default_deadline_ms: u64 = whole(1..=DAY_MS), preset(600_000);
         /// Longest deadline that a request may set.
-        Cluster max_deadline_ms: u64 = whole(1..=DAY_MS), preset(3_600_000);
+        Local max_deadline_ms: u64 = whole(1..=DAY_MS), preset(3_600_000);
         /// Output tokens of a request that sets no limit.
-        Cluster default_max_tokens: u32 = whole(1..=16_777_216), preset(256);
+        Local default_max_tokens: u32 = whole(1..=16_777_216), preset(256);
         /// A request whose client is gone goes on for this long, waiting for the client to resume; then it is cancelled.
-        Cluster resume_grace_ms: u64 = whole(0..=DAY_MS), preset(30_000);
+        Local resume_grace_ms: u64 = whole(0..=DAY_MS), preset(30_000);
         /// A finished request can be resumed (read again) for this long.
-        Cluster keep_finished_ms: u64 = whole(0..=7 * DAY_MS), preset(3_600_000);
+        Local keep_finished_ms: u64 = whole(0..=7 * DAY_MS), preset(3_600_000);
         /// Memory for finished requests; the oldest go first.
-        Cluster keep_finished_bytes: u64 = size(0..=1 << 40), preset(256 * MIB);
+        Local keep_finished_bytes: u64 = size(0..=1 << 40), preset(256 * MIB);
         /// Time for requests in flight to end when the gateway is told to stop; then they end with a retriable error.
-        Cluster shutdown_grace_ms: u64 = whole(0..=DAY_MS), preset(10_000);
+        Local shutdown_grace_ms: u64 = whole(0..=DAY_MS), preset(10_000);
     }
 
     /// Where a token must be before a client sees it.
@@ -125,44 +132,44 @@ settings! {
 
     /// When a silent node or engine is given up. A killed process is seen at once, whatever stands here.
     FailureDetectorSettings = "failure_detector" {
-        /// Interval between heartbeats, of nodes and of engines.
-        Cluster heartbeat_interval_ms: u64 = whole(10..=60_000), preset(200);
+        /// Interval between heartbeats of nodes.
+        Local heartbeat_interval_ms: u64 = whole(10..=60_000), preset(200);
         /// A node that is silent for this long gets no new requests.
-        Cluster suspect_after_ms: u64 = whole(20..=600_000), preset(600);
+        Local suspect_after_ms: u64 = whole(20..=600_000), preset(600);
         /// A node that is silent for this long is declared dead; its requests go on elsewhere.
-        Cluster dead_after_ms: u64 = whole(30..=3_600_000), preset(1_000);
-        /// An engine process without a heartbeat for this long is killed and replaced.
-        Cluster engine_heartbeat_timeout_ms: u64 = whole(30..=3_600_000), preset(800);
+        Local dead_after_ms: u64 = whole(30..=3_600_000), preset(1_000);
+        /// An engine process without a heartbeat for this long is killed and replaced. Engines send one every 100 ms, whatever stands above; with less than three of them a healthy engine on a busy machine would be killed.
+        Local engine_heartbeat_timeout_ms: u64 = whole(LEAST_ENGINE_TIMEOUT_MS..=3_600_000), preset(800);
         /// An engine that has work, but finishes no step for this long, is killed and replaced. A step of a small model takes milliseconds, one of a large model on a CPU may take seconds.
-        Cluster engine_step_timeout_ms: u64 = whole(50..=3_600_000), preset(5_000);
+        Local engine_step_timeout_ms: u64 = whole(50..=3_600_000), preset(5_000);
         /// Time for an engine to load its model.
-        Cluster engine_start_timeout_ms: u64 = whole(100..=DAY_MS), preset(120_000);
+        Local engine_start_timeout_ms: u64 = whole(100..=DAY_MS), preset(120_000);
     }
 
     /// How engines are restarted.
     RestartSettings = "restart" {
         /// Restarts of one replica within `period_ms`; one more takes the replica out of service.
-        Cluster intensity: u32 = whole(0..=1_000), preset(5);
+        Local intensity: u32 = whole(0..=1_000), preset(5);
         /// The period over which `intensity` counts.
-        Cluster period_ms: u64 = whole(100..=DAY_MS), preset(30_000);
+        Local period_ms: u64 = whole(100..=DAY_MS), preset(30_000);
         /// Wait before the second restart in a row (the first is immediate); doubled each time, with jitter.
-        Cluster backoff_initial_ms: u64 = whole(1..=600_000), preset(50);
+        Local backoff_initial_ms: u64 = whole(1..=600_000), preset(50);
         /// Longest wait between restarts.
-        Cluster backoff_max_ms: u64 = whole(1..=DAY_MS), preset(5_000);
+        Local backoff_max_ms: u64 = whole(1..=DAY_MS), preset(5_000);
         /// An engine that serves for this long has recovered: the next wait is the initial one again.
-        Cluster reset_after_ms: u64 = whole(1..=DAY_MS), preset(10_000);
+        Local reset_after_ms: u64 = whole(1..=DAY_MS), preset(10_000);
         /// A replica out of service gets one more try after this time.
-        Cluster cooldown_ms: u64 = whole(100..=DAY_MS), preset(60_000);
+        Local cooldown_ms: u64 = whole(100..=DAY_MS), preset(60_000);
     }
 
     /// How requests are taken over when what serves them is lost.
     RecoverySettings = "recovery" {
         /// Times a request is dispatched without getting a new token; then it ends with a retriable error.
-        Cluster max_attempts: u32 = whole(1..=1_000), preset(16);
+        Local max_attempts: u32 = whole(1..=1_000), preset(16);
         /// Engines that may die on one request without a new token in between; then the request is taken to be the cause, and ends with an error that says so. At most `restart.intensity`, or such a request takes a replica out of service first.
-        Cluster max_engine_deaths: u32 = whole(1..=1_000), preset(4);
+        Local max_engine_deaths: u32 = whole(1..=1_000), preset(4);
         /// Time that a request waits for a replica when none is in service; then it ends with a retriable error.
-        Cluster no_replica_timeout_ms: u64 = whole(0..=DAY_MS), preset(10_000);
+        Local no_replica_timeout_ms: u64 = whole(0..=DAY_MS), preset(10_000);
     }
 
     /// Prometheus metrics.

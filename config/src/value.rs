@@ -51,6 +51,13 @@ macro_rules! choices {
 }
 
 choices! {
+    /// What a node does with a peer that started from another configuration.
+    ConfigMismatch {
+        /// Refuses it; both sides say so.
+        Refuse = "refuse",
+        /// Lets it in with a warning, as during a rolling change of the configuration.
+        Warn = "warn",
+    }
     /// What a node does.
     Role {
         /// Takes clients' connections.

@@ -108,7 +108,7 @@ fn a_node_looks_at_the_models_that_it_serves() {
 #[test]
 fn models_of_other_machines_are_not_looked_for_here() {
     let scratch = Scratch::new();
-    let far = "[[node]]\nname = \"c\"\nroles = [\"host\"]\nhost = \"c.example.net\"\ncluster_port = 1\nssh = \"c\"\n\
+    let far = "[[node]]\nname = \"c\"\nroles = [\"host\"]\ncluster_port = 4\nssh = \"c\"\n\
                [[model]]\nname = \"m\"\npath = \"/far/away\"\nnodes = [\"c\"]";
     assert_eq!(scratch.problems(far, PathCheck::All), []);
     scratch.write("run/local/cookie", SECRET, 0o600);
@@ -130,13 +130,13 @@ fn the_cookie_is_a_secret() {
     );
     let key = "cluster.cookie_file";
     scratch.write("run/local/cookie", SECRET, 0o640);
-    scratch.problem("", key, "can be read by others (mode 640)");
-    scratch.write("run/local/cookie", "short", 0o600);
-    scratch.problem("", key, "too short: 5 characters");
+    scratch.problem("", key, "can be used by others (mode 640)");
+    scratch.write("run/local/cookie", "short-9", 0o600);
+    scratch.problem("", key, "holds about 0 bits");
     scratch.write("run/local/cookie", &format!("{SECRET}{SECRET}"), 0o600);
     scratch.problem("", key, "more than one word");
     scratch.write("run/local/cookie", &"x".repeat(5000), 0o600);
-    scratch.problem("", key, "5000 bytes");
+    scratch.problem("", key, "a secret is one line");
     scratch.problem("[cluster]\ncookie_file = \"models\"", key, "is not a file");
     scratch.problem(
         "[cluster]\ncookie_file = \"c.toml/cookie\"",

@@ -212,13 +212,20 @@ fn single_and_repeated_sections_are_told_apart() {
     );
     let found = small_with("[[gateway]]\nmax_connections = 1");
     assert_eq!(found.help.as_deref(), Some("write [gateway] once"));
+    let model = &SMALL[SMALL.find("[[model").unwrap()..];
+    let text = format!("node = [\n  1,\n  {{ name = \"a\", cluster_port = 1 }},\n]\n{model}");
+    let found = problems(&text);
+    // The second node keeps its number, and nothing is said about a node that is none.
+    let said: Vec<(&str, usize)> = found.iter().map(|it| (it.key.as_str(), it.line)).collect();
+    assert_eq!(
+        said,
+        [("node[0]", 2), ("node[1].client_port", 3)],
+        "{found:#?}"
+    );
     assert!(
-        problems(&format!(
-            "node = [1]\n{}",
-            &SMALL[SMALL.find("[[model").unwrap()..]
-        ))[0]
-            .message
-            .contains("expected a table")
+        found[0].message.contains("expected a table"),
+        "{}",
+        found[0]
     );
 }
 
@@ -262,6 +269,7 @@ fn names_hosts_and_paths_obey_rules() {
         ("name = \"a\"", "name = \"a b\""),
         ("name = \"demo\"", "name = \"-demo\""),
         ("path = \"models/demo\"", "path = \"\""),
+        ("path = \"models/demo\"", "path = \"~/models/demo\""),
         ("name = \"a\"", "name = \"a\"\nhost = \"a:1\""),
         ("name = \"a\"", "name = \"a\"\nhost = \"-a\""),
         ("name = \"a\"", "name = \"a\"\nssh = \"-oProxyCommand=x\""),

@@ -1,7 +1,6 @@
 //! Warnings: what works, but probably not as meant.
 
-use std::net::IpAddr;
-
+use super::addresses::is_loopback;
 use crate::load::ClusterConfig;
 use crate::problem::{Problem, Warning};
 use crate::schema::Reader;
@@ -12,6 +11,7 @@ pub(super) fn warnings(config: &ClusterConfig, reader: &Reader<'_>) -> Vec<Warni
     let mut found = Vec::new();
     cluster(config, reader, &mut found);
     network(config, reader, &mut found);
+    found.extend(super::addresses::warnings(&config.nodes, reader));
     metrics(config, reader, &mut found);
     models(config, reader, &mut found);
     found.into_iter().map(Warning).collect()
@@ -50,12 +50,6 @@ fn cluster(config: &ClusterConfig, reader: &Reader<'_>, found: &mut Vec<Problem>
 }
 
 fn is_local(node: &NodeSettings) -> bool {
-    let is_loopback = |host: &str| {
-        host.eq_ignore_ascii_case("localhost")
-            || host
-                .parse::<IpAddr>()
-                .is_ok_and(|address| address.is_loopback())
-    };
     is_loopback(&node.host) && is_loopback(&node.bind)
 }
 

@@ -1,6 +1,7 @@
 //! Checks that look at more than one key, or at the disk. They run after reading, on whatever could be read, so that
 //! their problems stand in the same report as typing errors.
 
+mod addresses;
 mod advice;
 mod limits;
 mod paths;

@@ -6,12 +6,11 @@ use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
+use crate::cookie::{CookieError, read_cookie};
 use crate::load::{ClusterConfig, PathCheck};
 use crate::schema::Reader;
 use crate::value::Role;
 
-/// 32 hexadecimal digits hold 128 bits.
-const MIN_COOKIE_CHARS: usize = 32;
 /// A secret is one line.
 const MAX_SECRET_BYTES: u64 = 4096;
 
@@ -97,18 +96,15 @@ fn directory(key: &str, path: &Path, reader: &mut Reader<'_>) {
 
 fn cookie(config: &ClusterConfig, reader: &mut Reader<'_>, must_exist: bool) {
     let (key, path) = ("cluster.cookie_file", &config.cluster.cookie_file);
-    if path.exists() {
-        secret(key, path, MIN_COOKIE_CHARS, reader);
-    } else if must_exist {
-        let message = format!("there is no cookie at {}", path.display());
-        report(
-            reader,
-            key,
-            message,
-            "scripts/launch.sh creates it; on further machines, copy the same file there",
-        );
-    } else if let Some(parent) = path.parent() {
-        directory(key, parent, reader);
+    match read_cookie(path) {
+        Ok(_) => {}
+        // It is made at the start; nothing may stand in the way of that.
+        Err(CookieError::Missing(_) | CookieError::Io { .. }) if !must_exist && !path.exists() => {
+            if let Some(parent) = path.parent() {
+                directory(key, parent, reader);
+            }
+        }
+        Err(error) => report(reader, key, error.what(), &error.help()),
     }
 }
 

@@ -1,8 +1,8 @@
 //! Who is there, and who can reach and serve whom: names, roles, ports, placement.
 
 use std::collections::HashMap;
-use std::net::IpAddr;
 
+use super::addresses::{self, is_loopback, is_unspecified};
 use crate::kind::nearest;
 use crate::load::ClusterConfig;
 use crate::placement::is_eligible;
@@ -23,9 +23,9 @@ pub(super) fn check(config: &ClusterConfig, reader: &mut Reader<'_>) {
         reader,
     );
     for (at, node) in config.nodes.iter().enumerate() {
-        reachable(at, node, reader);
         client_port(at, node, reader);
     }
+    addresses::check(&config.nodes, reader);
     ports(&config.nodes, reader);
     for (at, model) in config.models.iter().enumerate() {
         model_nodes(at, model, config, reader);
@@ -34,12 +34,9 @@ pub(super) fn check(config: &ClusterConfig, reader: &mut Reader<'_>) {
 
 fn presence(config: &ClusterConfig, reader: &mut Reader<'_>) {
     let mut missing = |key: &str, message: &str, help: &str| {
-        // A section that is there, but cannot be read, is not missing.
-        if reader
-            .problems
-            .iter()
-            .any(|problem| problem.key == key || problem.key.starts_with(&format!("{key}[")))
-        {
+        // A section that is there, but cannot be read as a whole, is not missing. (Where a single node or its roles
+        // cannot be read, both roles are assumed.)
+        if reader.problems.iter().any(|problem| problem.key == key) {
             return;
         }
         let problem = reader.problem_at(key, message).help(help);
@@ -89,30 +86,6 @@ fn unique_names<'c>(section: &str, names: impl Iterator<Item = &'c str>, reader:
                 .problems
                 .push(problem.help(format!("names are unique among {section}s")));
         }
-    }
-}
-
-fn is_unspecified(host: &str) -> bool {
-    host.parse::<IpAddr>()
-        .is_ok_and(|address| address.is_unspecified())
-}
-
-fn is_loopback(host: &str) -> bool {
-    host.eq_ignore_ascii_case("localhost")
-        || host
-            .parse::<IpAddr>()
-            .is_ok_and(|address| address.is_loopback())
-}
-
-fn reachable(at: usize, node: &NodeSettings, reader: &mut Reader<'_>) {
-    if is_unspecified(&node.host) {
-        let message = format!("\"{}\" is no address that others can reach", node.host);
-        let problem = reader.problem_at(&format!("node[{at}].host"), message);
-        let help = format!(
-            "name the machine here, and write bind = \"{}\" to listen on all addresses",
-            node.host
-        );
-        reader.problems.push(problem.help(help));
     }
 }
 
@@ -219,12 +192,13 @@ fn model_nodes(at: usize, model: &ModelSettings, config: &ClusterConfig, reader:
         .filter(|name| !name.is_empty())
         .collect();
     let mut named_well = true;
-    for wanted in model.nodes.iter().flatten() {
+    for (item, wanted) in model.nodes.iter().flatten().enumerate() {
         match config.node(wanted) {
             Some(node) if node.has_role(Role::Host) => continue,
             Some(_) => {
-                let problem = reader.problem_at(
+                let problem = reader.problem_in(
                     &key,
+                    item,
                     format!("node \"{wanted}\" does not have the role `host`"),
                 );
                 reader
@@ -232,7 +206,8 @@ fn model_nodes(at: usize, model: &ModelSettings, config: &ClusterConfig, reader:
                     .push(problem.help("add \"host\" to its `roles`, or leave it out here"));
             }
             None => {
-                let problem = reader.problem_at(&key, format!("there is no node \"{wanted}\""));
+                let problem =
+                    reader.problem_in(&key, item, format!("there is no node \"{wanted}\""));
                 let problem = problem.allowed(names.join(", "));
                 reader
                     .problems

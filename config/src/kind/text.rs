@@ -152,6 +152,13 @@ impl Kind for LocalPath {
                 "a path must not be empty or hold control characters",
             )]);
         }
+        // Only a shell knows what it means; taken literally, a folder named `~` would appear beside the file.
+        if text.starts_with('~') {
+            return Err(vec![Complaint::at(
+                value,
+                "`~` does not mean the home directory here; write the path in full",
+            )]);
+        }
         Ok(join_normal(base, Path::new(text)))
     }
 

@@ -13,6 +13,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
+use ractor::concurrency::JoinHandle;
 use ractor::message::{BoxedDowncastErr, SerializedMessage};
 use ractor::{Actor, ActorCell, ActorId, ActorProcessingErr, ActorRef, pg};
 use ractor_cluster::node::{NodeConnectionMode, NodeServerSessionInformation};
@@ -33,6 +34,9 @@ const MAX_INBOUND_FRAME_BYTES: u64 = 128 << 10;
 /// Longest wait for an actor of this layer to stop.
 const STOP_TIMEOUT: Duration = Duration::from_secs(1);
 
+/// The actors of a bridge by name, each with what ends when it does.
+pub(crate) type Ends = [(&'static str, JoinHandle<()>); 2];
+
 /// The node server and the port, running.
 pub(crate) struct Bridge {
     server: ActorRef<NodeServerMessage>,
@@ -40,15 +44,16 @@ pub(crate) struct Bridge {
 }
 
 impl Bridge {
-    /// Starts both. Sessions and messages are reported to `hub` from now on.
+    /// Starts both. Sessions and messages are reported to `hub` from now on. Nobody supervises them: what is returned
+    /// beside them ends when they do.
     pub(crate) async fn start(
         hub: &Arc<Hub>,
         me: &PeerId,
         cookie: &Cookie,
-    ) -> Result<Self, String> {
+    ) -> Result<(Self, Ends), String> {
         let failed =
             |what: &str, error: &dyn std::fmt::Display| format!("cannot start {what}: {error}");
-        let (port, _) = Actor::spawn(None, Port, hub.clone())
+        let (port, port_end) = Actor::spawn(None, Port, hub.clone())
             .await
             .map_err(|error| failed("the port actor", &error))?;
         pg::join_scoped(SCOPE.to_owned(), me.to_string(), vec![port.get_cell()]);
@@ -63,7 +68,7 @@ impl Bridge {
         )
         .with_listen_addr(IpAddr::V4(Ipv4Addr::LOCALHOST))
         .with_max_inbound_frame_size(MAX_INBOUND_FRAME_BYTES);
-        let (server, _) = Actor::spawn(None, server, ())
+        let (server, server_end) = Actor::spawn(None, server, ())
             .await
             .map_err(|error| failed("the node server", &error))?;
         close_listener(&server).await?;
@@ -79,7 +84,11 @@ impl Bridge {
         server
             .cast(subscribe)
             .map_err(|error| failed("the node server", &error))?;
-        Ok(Self { server, port })
+        let ends = [
+            ("the port actor", port_end),
+            ("the node server", server_end),
+        ];
+        Ok((Self { server, port }, ends))
     }
 
     /// Gives a connection to the node server. Its events will call it by `link.label`.
@@ -132,7 +141,7 @@ impl NodeEventSubscription for Events {
         match session_of(&session.peer_addr) {
             Some(id) => self.hub.session_runs(id, session.actor),
             None => {
-                tracing::error!(node = %self.me, "a connection that is not ours reached the node server: closed");
+                tracing::error!(me = %self.me, "a connection that is not ours reached the node server: closed");
                 session.actor.kill();
             }
         }

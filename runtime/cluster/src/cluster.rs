@@ -16,6 +16,7 @@ use crate::identity::PeerId;
 use crate::node::NodeThread;
 use crate::parcel::{Lane, payload_cost};
 use crate::settings::{ClusterSettings, DetectorSettings, MAX_PAYLOAD_BYTES};
+use crate::telemetry;
 
 /// Why the cluster layer cannot start.
 #[derive(Debug, thiserror::Error)]
@@ -96,12 +97,14 @@ impl Cluster {
     /// Listens, starts to dial the peers, and tells `events` what happens from now on.
     ///
     /// A slow consumer of `events` slows down the peers that send to it, and nothing else. When the receiver of
-    /// `events` is dropped, this node leaves the cluster.
+    /// `events` is dropped, this node leaves the cluster. When `events` ends by itself, this layer has failed, and the
+    /// node is in no cluster any more.
     pub async fn start(
         settings: ClusterSettings,
         events: mpsc::Sender<ClusterEvent>,
     ) -> Result<Self, StartError> {
         check(&settings)?;
+        telemetry::register(settings.others().map(|peer| &peer.node));
         let hub = Arc::new(Hub::new(&settings));
         let (node, local) = NodeThread::start(settings, hub.clone(), events).await?;
         Ok(Self {

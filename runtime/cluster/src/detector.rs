@@ -151,12 +151,15 @@ impl Detector {
     }
 
     fn excuse_lateness(&mut self, now: Duration) {
-        let lateness = self
-            .due
-            .map_or(Duration::ZERO, |due| now.saturating_sub(due));
+        let Some(due) = self.due else {
+            return;
+        };
+        let lateness = now.saturating_sub(due);
         if lateness > self.settings.heartbeat_interval {
+            // Who was heard since then needs no excuse: its signs of life were read in spite of our lateness.
             self.sessions
                 .values_mut()
+                .filter(|watch| watch.heard < due)
                 .for_each(|watch| watch.excuse(lateness));
         }
     }
@@ -300,6 +303,21 @@ mod tests {
             matches!(dead[0], (at, Action::Dead(2, _)) if (3_600_700..=3_601_100).contains(at)),
             "{seen:?}"
         );
+    }
+
+    #[test]
+    fn our_lateness_excuses_nobody_who_was_heard_in_the_meantime() {
+        let mut detector = watching(&[1, 2]);
+        assert_eq!(detector.tick(Duration::ZERO), [Action::Beat]);
+        assert_eq!(detector.due(), MS * 200);
+        // The tick comes 300 ms late; by then 1 has been heard, 2 has not.
+        detector.hear(1, MS * 450);
+        let seen = run(&mut detector, 500, 1500, |_, _| {});
+        let suspected = |key| {
+            let is_it = |action: &Action| *action == Action::Suspect(key);
+            seen.iter().find(|(_, action)| is_it(action)).map(|it| it.0)
+        };
+        assert_eq!((suspected(1), suspected(2)), (Some(1050), Some(900)));
     }
 
     #[test]

@@ -15,14 +15,16 @@
 //! Invariant: nothing a stranger sends allocates more than [`MAX_FRAME_BYTES`], and the caller puts a deadline on
 //! the whole of it.
 
+use std::fmt;
 use std::io;
 
 use hmac::{Hmac, Mac};
 use sha2::{Digest, Sha256};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use understudy_config::ConfigMismatch;
 
 use crate::identity::{NodeName, PeerId};
-use crate::settings::{ClusterSettings, ConfigMismatch};
+use crate::settings::ClusterSettings;
 
 const MAGIC: [u8; 8] = *b"UNDRSTDY";
 /// Version of everything that nodes say to each other.
@@ -52,7 +54,8 @@ pub(crate) enum Refusal {
 }
 
 impl Refusal {
-    const ALL: [Self; 8] = [
+    /// Every reason.
+    pub(crate) const ALL: [Self; 8] = [
         Self::Version,
         Self::Cluster,
         Self::UnknownNode,
@@ -131,8 +134,7 @@ pub(crate) struct Agreed {
     pub(crate) config_differs: bool,
 }
 
-/// What this node says of itself, and whom it lets in.
-#[derive(Debug)]
+/// What this node says of itself, and whom it lets in. Holds a key, so it does not show itself.
 pub(crate) struct Local {
     cluster: String,
     me: PeerId,
@@ -147,15 +149,30 @@ pub(crate) fn dials(me: &NodeName, peer: &NodeName) -> bool {
     me < peer
 }
 
+impl fmt::Debug for Local {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Local")
+            .field("me", &self.me)
+            .finish_non_exhaustive()
+    }
+}
+
+impl fmt::Debug for Proven {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Proven")
+            .field("peer", &self.agreed.peer)
+            .finish_non_exhaustive()
+    }
+}
+
 impl Local {
     pub(crate) fn new(settings: &ClusterSettings) -> Self {
-        let others = settings.peers.iter().map(|peer| peer.node.clone());
         Self {
             cluster: settings.cluster.clone(),
             me: PeerId::new(settings.node.clone(), settings.incarnation),
             checksum: settings.config_checksum,
             mismatch: settings.config_mismatch,
-            peers: others.filter(|node| *node != settings.node).collect(),
+            peers: settings.others().map(|peer| peer.node.clone()).collect(),
             key: settings.cookie.derive("understudy cluster handshake 1"),
         }
     }
@@ -265,7 +282,6 @@ impl Local {
 }
 
 /// A dialer that has proven to know the cookie, and waits for the answer.
-#[derive(Debug)]
 pub(crate) struct Proven {
     pub(crate) agreed: Agreed,
     proof: [u8; 32],

@@ -184,3 +184,29 @@ fn refusals_read_back_and_say_something() {
     }
     assert_eq!(Refusal::from_code(0), None);
 }
+
+#[tokio::test]
+async fn keys_and_proofs_are_not_shown() {
+    let cookie = Cookie::generate();
+    let a = Local::new(&settings("a", &["b"], &cookie));
+    let b = Local::new(&settings("b", &["a"], &cookie));
+    let (mut left, mut right) = duplex(4096);
+    let (dialed, proven) = tokio::join!(
+        async {
+            // Ends when the other side is dropped without an answer.
+            a.dial(&mut left, &b.me.node).await
+        },
+        async {
+            let proven = b.accept(&mut right).await;
+            drop(right);
+            proven.unwrap()
+        }
+    );
+    assert!(dialed.is_err());
+    let shown = format!("{a:?} {proven:?}");
+    assert!(shown.contains("a-10") || shown.contains("\"a\""), "{shown}");
+    for secret in [&a.key, &proven.proof] {
+        assert!(!shown.contains(&format!("{secret:?}")), "{shown}");
+        assert!(!shown.contains(&crate::cookie::hex(secret)), "{shown}");
+    }
+}

@@ -21,21 +21,18 @@ use crate::cluster::SendError;
 use crate::detector::Action;
 use crate::event::{ClusterEvent, DownCause, PeerView};
 use crate::handshake::{Agreed, Refusal};
-use crate::identity::{NodeName, PeerId};
-use crate::membership::{Latest, may_enter};
+use crate::identity::PeerId;
 use crate::parcel::{self, Lane, Record, Records};
-use crate::roster::State;
+use crate::roster::{End, State};
 use crate::session::{Phase, Session, lock};
 use crate::settings::{ClusterSettings, Limits, MAX_PAYLOAD_BYTES};
-use crate::telemetry;
+use crate::telemetry::{self, SessionEvent};
 use crate::transport::Breaker;
 
 pub(crate) struct Hub {
     pub(crate) me: PeerId,
     pub(crate) clock: Clock,
     limits: Limits,
-    /// Configured peers, in the order of the configuration.
-    order: Vec<NodeName>,
     state: Mutex<State>,
     /// Something may be there for the consumer.
     pub(crate) news: Notify,
@@ -46,15 +43,10 @@ pub(crate) struct Hub {
 
 impl Hub {
     pub(crate) fn new(settings: &ClusterSettings) -> Self {
-        let others = settings
-            .peers
-            .iter()
-            .filter(|peer| peer.node != settings.node);
         Self {
             me: PeerId::new(settings.node.clone(), settings.incarnation),
             clock: Clock::start(),
             limits: settings.limits,
-            order: others.map(|peer| peer.node.clone()).collect(),
             state: Mutex::new(State::new(settings)),
             news: Notify::new(),
             progress: Notify::new(),
@@ -80,10 +72,13 @@ impl Hub {
             breaker,
             backlog,
         ));
-        while let Some(other) = self.try_admit(&session)? {
+        loop {
+            let admitted = lock(&self.state).admit(&session, self.clock.now())?;
+            let Some(other) = admitted else {
+                break;
+            };
             self.close(other.id, DownCause::Replaced);
             other.gone().await;
-            other.set_gone();
         }
         let (hub, watched) = (self.clone(), session.clone());
         tokio::spawn(async move {
@@ -98,38 +93,6 @@ impl Hub {
             }
         });
         Ok(session)
-    }
-
-    /// Registers the session, or returns the one that stands in its way.
-    fn try_admit(&self, session: &Arc<Session>) -> Result<Option<Arc<Session>>, Refusal> {
-        let mut state = lock(&self.state);
-        if state.leaving {
-            return Err(Refusal::Leaving);
-        }
-        let slot = state
-            .peers
-            .get_mut(&session.peer.node)
-            .ok_or(Refusal::UnknownNode)?;
-        if !may_enter(slot.latest, session.peer.incarnation, self.clock.now()) {
-            return Err(Refusal::StaleIncarnation);
-        }
-        if let Some(current) = &slot.current {
-            return Ok(Some(current.clone()));
-        }
-        if let Some(previous) = slot
-            .previous
-            .as_ref()
-            .filter(|previous| previous.is_lingering())
-        {
-            return Ok(Some(previous.clone()));
-        }
-        slot.latest = Some(Latest {
-            incarnation: session.peer.incarnation,
-            ended: None,
-        });
-        slot.current = Some(session.clone());
-        state.sessions.insert(session.id, session.clone());
-        Ok(None)
     }
 
     /// The node server has started to run the session.
@@ -164,20 +127,18 @@ impl Hub {
 
     fn open(&self, session: &Arc<Session>, port: ActorRef<PortMessage>) {
         let mut state = lock(&self.state);
+        if state.leaving {
+            // Nobody would say goodbye to it any more.
+            drop(state);
+            return self.close(session.id, DownCause::Left);
+        }
         if !state.sessions.contains_key(&session.id) || !session.open(port) {
             return;
         }
-        let now = self.clock.now();
-        state.detector.open(session.id, now);
-        state.changed = true;
-        if let Some(slot) = state.peers.get_mut(&session.peer.node) {
-            slot.membership.open(session.id, session.peer.clone());
-            slot.last = Some(session.peer.clone());
-            slot.last_heard = Some(now);
-        }
+        state.open(session, self.clock.now());
         drop(state);
         session.beat();
-        telemetry::session(&session.peer.node, "up");
+        telemetry::session(&session.peer.node, SessionEvent::Up);
         tracing::info!(peer = %session.peer, "peer is up");
         self.news.notify_one();
     }
@@ -192,40 +153,18 @@ impl Hub {
 
     /// Ends a session. What it had for the consumer is dropped; the consumer hears `Down` if it had heard `Up`.
     pub(crate) fn close(&self, id: u64, cause: DownCause) {
-        let mut state = lock(&self.state);
-        let Some(session) = state.sessions.remove(&id) else {
+        let Some(end) = lock(&self.state).close(id, cause, self.clock.now()) else {
             return;
         };
-        let cause = if cause == DownCause::ConnectionLost && session.has_left() {
-            DownCause::Left
-        } else {
-            cause
-        };
-        let was_open = session.phase() == Phase::Open;
-        state.detector.close(id);
-        state.changed = true;
-        let now = self.clock.now();
-        if let Some(slot) = state.peers.get_mut(&session.peer.node) {
-            slot.membership.close(id, cause.clone());
-            slot.current.take_if(|current| current.id == id);
-            slot.previous = Some(session.clone());
-            slot.latest = slot.latest.map(|latest| Latest {
-                ended: Some(now),
-                ..latest
-            });
-            slot.last_heard = Some(session.life.heard())
-                .filter(|_| was_open)
-                .or(slot.last_heard);
-        }
-        let abort = matches!(cause, DownCause::Silent(_) | DownCause::Replaced);
-        let undelivered = session.close(abort);
-        if session.is_lingering() {
-            state.lingering.insert(id, session.clone());
-        }
-        drop(state);
+        let End {
+            session,
+            cause,
+            was_open,
+            undelivered,
+        } = end;
         self.fence(undelivered as u64);
         if was_open {
-            telemetry::session(&session.peer.node, "down");
+            telemetry::session(&session.peer.node, SessionEvent::Down);
             tracing::info!(peer = %session.peer, %cause, undelivered, "peer is down");
         } else {
             tracing::debug!(peer = %session.peer, %cause, "session ended before it was open");
@@ -280,10 +219,13 @@ impl Hub {
             return self.fence(payloads(records));
         };
         match session.receive(&header, records) {
-            Ok(deliverable) => {
-                if deliverable {
+            Ok(received) => {
+                if received.is_deliverable {
                     lock(&self.state).list(&session);
                     self.news.notify_one();
+                }
+                if received.is_ack_due {
+                    session.beat();
                 }
                 self.progress.notify_waiters();
             }
@@ -377,13 +319,7 @@ impl Hub {
 
     /// See [`crate::ClusterHandle::peers`].
     pub(crate) fn peers(&self) -> Vec<PeerView> {
-        let now = self.clock.now();
-        let state = lock(&self.state);
-        self.order
-            .iter()
-            .filter_map(|node| state.peers.get(node))
-            .map(|slot| slot.view(now))
-            .collect()
+        lock(&self.state).views(self.clock.now())
     }
 
     /// Lets nobody in from now on, and says goodbye to everybody.
@@ -427,3 +363,7 @@ fn payloads(records: Records) -> u64 {
     let ends = |record: &Record| matches!(record, Record::Whole(_) | Record::Last(_));
     records.map_while(Result::ok).filter(ends).count() as u64
 }
+
+#[cfg(test)]
+#[path = "hub_tests.rs"]
+mod tests;

@@ -9,6 +9,7 @@ mod clock;
 mod cluster;
 mod cookie;
 mod detector;
+mod dial;
 mod door;
 mod event;
 mod handshake;
@@ -19,6 +20,7 @@ mod membership;
 mod node;
 mod outbox;
 mod parcel;
+mod quiet;
 mod roster;
 mod session;
 mod settings;
@@ -26,17 +28,13 @@ mod telemetry;
 mod transport;
 
 pub use cluster::{Cluster, ClusterHandle, SendError, StartError};
-pub use cookie::{Cookie, CookieError, MIN_COOKIE_BITS};
+pub use cookie::Cookie;
 pub use event::{ClusterEvent, DownCause, PeerState, PeerView};
 pub use identity::{
     MAX_NAME_BYTES, NameError, NodeName, PeerAddress, PeerId, PeerIdError, new_incarnation,
 };
 pub use settings::{
-    ClusterSettings, ConfigMismatch, DIAL_BACKOFF, DIAL_TIMEOUT, DetectorSettings,
-    HANDSHAKE_TIMEOUT, Limits, MAX_PAYLOAD_BYTES, MAX_PENDING_HANDSHAKES, SEND_BACKLOG_BYTES,
-    SHUTDOWN_FLUSH,
+    ClusterSettings, DIAL_BACKOFF, DIAL_TIMEOUT, DetectorSettings, HANDSHAKE_TIMEOUT, Limits,
+    MAX_PAYLOAD_BYTES, MAX_PENDING_HANDSHAKES, SEND_BACKLOG_BYTES, SHUTDOWN_FLUSH,
 };
-
-/// Log filter that must always be in force for the libraries below: at `debug` they format whole payloads, which
-/// puts prompts into the log. Append it to whatever filter the user asks for.
-pub const PINNED_LOG_FILTER: &str = "ractor=warn,ractor_cluster=error";
+pub use understudy_config::{ConfigMismatch, CookieError, MIN_COOKIE_BITS};

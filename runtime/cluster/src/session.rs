@@ -19,10 +19,14 @@ use crate::identity::PeerId;
 use crate::inbox::{Inbox, InboxError, Item};
 use crate::outbox::{Full, Outbox, WrongAck};
 use crate::parcel::{Header, Lane, Records};
+use crate::settings::DIAL_TIMEOUT;
 use crate::transport::Breaker;
 
-/// Longest wait for the node server to forget a closed session.
-const GONE_TIMEOUT: Duration = Duration::from_secs(2);
+/// Longest wait for the node server to forget a closed session; then it counts as forgotten.
+const GONE_TIMEOUT: Duration = Duration::from_secs(1);
+// A dial waits for the session before it, under a limit of its own. If that ended first, a node server that is stuck would
+// keep the peer out for good.
+const _: () = assert!(GONE_TIMEOUT.as_millis() * 2 <= DIAL_TIMEOUT.as_millis());
 
 /// Where a session stands.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -30,6 +34,13 @@ pub(crate) enum Phase {
     Opening,
     Open,
     Closed,
+}
+
+/// What follows from a parcel.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Received {
+    pub(crate) is_deliverable: bool,
+    pub(crate) is_ack_due: bool,
 }
 
 /// Why a session must be closed by us.
@@ -159,15 +170,23 @@ impl Session {
             .map_or(Phase::Closed, |phase| *phase)
     }
 
-    /// Waits until it is closed and gone. The second wait has a limit, because the node server is not ours.
+    /// Waits until it is closed.
+    pub(crate) async fn closed(&self) {
+        let mut phase = self.phase.subscribe();
+        let _ = phase.wait_for(|phase| *phase == Phase::Closed).await;
+    }
+
+    /// Waits until it is closed and gone. The second wait has a limit, because the node server is not ours; when it runs
+    /// out the session counts as gone for everybody.
     pub(crate) async fn gone(&self) {
-        let _ = self
-            .phase
-            .subscribe()
-            .wait_for(|phase| *phase == Phase::Closed)
-            .await;
+        self.closed().await;
         let mut gone = self.gone.subscribe();
-        let _ = tokio::time::timeout(GONE_TIMEOUT, gone.wait_for(|gone| *gone)).await;
+        let waited = tokio::time::timeout(GONE_TIMEOUT, gone.wait_for(|gone| *gone))
+            .await
+            .is_ok();
+        if !waited {
+            self.set_gone();
+        }
     }
 
     /// Takes a payload and sends what the window allows.
@@ -194,8 +213,9 @@ impl Session {
         }
     }
 
-    /// Takes in a parcel. True when there is something to deliver.
-    pub(crate) fn receive(&self, header: &Header, records: Records) -> Result<bool, Violation> {
+    /// Takes in a parcel. Says whether there is something to deliver, and whether the peer should hear at once that it may
+    /// send more: parts of a large payload are released as they arrive, long before the consumer can take anything.
+    pub(crate) fn receive(&self, header: &Header, records: Records) -> Result<Received, Violation> {
         {
             let mut outbox = lock(&self.outbox);
             outbox.acknowledge(header.acked)?;
@@ -203,7 +223,10 @@ impl Session {
         }
         let mut inbox = lock(&self.inbox);
         inbox.accept(header, records)?;
-        Ok(!inbox.is_empty())
+        Ok(Received {
+            is_deliverable: !inbox.is_empty(),
+            is_ack_due: inbox.ack_due(),
+        })
     }
 
     /// The next payload for the consumer, and whether the peer should hear that it was taken.
@@ -259,5 +282,51 @@ impl Session {
             // When the actor is gone, so is the session; its end is reported on its own way.
             let _ = remote.cast(PortMessage(parcel));
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::clock::Clock;
+    use crate::identity::NodeName;
+    use crate::parcel::{PART_BYTES, read};
+    use crate::settings::SEND_BACKLOG_BYTES;
+
+    fn session() -> Session {
+        let peer = PeerId::new(NodeName::new("p").unwrap(), 1);
+        let life = Life::begin(Clock::start());
+        Session::new(1, peer, life, Breaker::of_nothing(), SEND_BACKLOG_BYTES)
+    }
+
+    #[tokio::test]
+    async fn a_session_that_the_node_server_never_forgets_is_gone_after_its_time() {
+        let session = session();
+        session.hand_over();
+        session.close(false);
+        assert!(session.is_lingering());
+        let begin = std::time::Instant::now();
+        tokio::time::timeout(DIAL_TIMEOUT, session.gone())
+            .await
+            .expect("before a dial gives up");
+        assert!(begin.elapsed() >= GONE_TIMEOUT);
+        assert!(!session.is_lingering(), "it is in nobody's way any more");
+    }
+
+    #[test]
+    fn parts_are_acknowledged_long_before_the_payload_is_whole() {
+        let (sender, receiver) = (session(), session());
+        let mut outbox = lock(&sender.outbox);
+        outbox
+            .offer(Lane::Ordered, Bytes::from(vec![0; 16 * PART_BYTES]))
+            .unwrap();
+        let mut received = Vec::new();
+        while let Some(parcel) = outbox.next_parcel(|| [0, 0]) {
+            let (header, records) = read(parcel.into()).unwrap();
+            received.push(receiver.receive(&header, records).unwrap());
+        }
+        assert!(received.iter().all(|parcel| !parcel.is_deliverable));
+        let first_due = received.iter().position(|parcel| parcel.is_ack_due);
+        assert!(first_due.is_some_and(|at| at < 5), "{received:?}");
     }
 }

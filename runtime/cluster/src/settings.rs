@@ -3,6 +3,8 @@
 use std::net::SocketAddr;
 use std::time::Duration;
 
+use understudy_config::ConfigMismatch;
+
 use crate::cookie::Cookie;
 use crate::identity::{NodeName, PeerAddress};
 
@@ -64,21 +66,16 @@ impl ClusterSettings {
             peers: Vec::new(),
             cookie,
             config_checksum: 0,
-            config_mismatch: ConfigMismatch::default(),
+            config_mismatch: ConfigMismatch::Refuse,
             detector: DetectorSettings::default(),
             limits: Limits::default(),
         }
     }
-}
 
-/// What to do with a peer whose configuration differs.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum ConfigMismatch {
-    /// Refuse it, and say so on both sides.
-    #[default]
-    Refuse,
-    /// Let it in with a warning, as during a rolling change of the configuration.
-    Warn,
+    /// Every configured node but this one.
+    pub(crate) fn others(&self) -> impl Iterator<Item = &PeerAddress> {
+        self.peers.iter().filter(|peer| peer.node != self.node)
+    }
 }
 
 /// The failure detector's clockwork. The three must stand in this order, or start fails.

@@ -21,11 +21,9 @@ use tokio::time::{Instant, Sleep};
 
 use crate::clock::Life;
 
-/// Unacknowledged data breaks the connection after this.
-const TCP_USER_TIMEOUT: Duration = Duration::from_secs(5);
-/// An idle connection is probed after this, then every second, three times.
-const KEEPALIVE_AFTER: Duration = Duration::from_secs(2);
-const KEEPALIVE_EVERY: Duration = Duration::from_secs(1);
+/// Least time after which unacknowledged data breaks a connection.
+const MIN_USER_TIMEOUT: Duration = Duration::from_secs(5);
+/// Probes of an idle connection that may stay unanswered.
 const KEEPALIVE_PROBES: u32 = 3;
 /// Connections waiting to be accepted.
 pub(crate) const LISTEN_BACKLOG: u32 = 256;
@@ -41,8 +39,8 @@ pub(crate) enum Transport {
 
 impl Transport {
     /// Sets the socket up and, when the settings will ask for it, puts TLS on it.
-    pub(crate) async fn secure(stream: TcpStream) -> io::Result<Self> {
-        set_up(&stream)?;
+    pub(crate) async fn secure(stream: TcpStream, patience: Patience) -> io::Result<Self> {
+        patience.set_up(&stream)?;
         Ok(Self::Plain(stream))
     }
 
@@ -90,15 +88,41 @@ impl AsyncWrite for Transport {
     }
 }
 
-fn set_up(stream: &TcpStream) -> io::Result<()> {
-    stream.set_nodelay(true)?;
-    let socket = SockRef::from(stream);
-    let keepalive = TcpKeepalive::new()
-        .with_time(KEEPALIVE_AFTER)
-        .with_interval(KEEPALIVE_EVERY)
-        .with_retries(KEEPALIVE_PROBES);
-    socket.set_tcp_keepalive(&keepalive)?;
-    socket.set_tcp_user_timeout(Some(TCP_USER_TIMEOUT))
+/// How long the system keeps a connection whose other end does not answer: longer than the failure detector, which must
+/// be the one to decide, however patient it is told to be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Patience {
+    user_timeout: Duration,
+    keepalive_after: Duration,
+    keepalive_every: Duration,
+}
+
+impl Patience {
+    /// For a detector that declares a silent peer dead after this time.
+    pub(crate) fn beyond(dead_after: Duration) -> Self {
+        let user_timeout = MIN_USER_TIMEOUT.max(dead_after * 2);
+        // The system counts whole seconds here; 2 + 3 × 1 s in 5 s, the same shares of longer times.
+        let share = |fifths: u32| {
+            let exact = user_timeout * fifths / 5;
+            Duration::from_secs(exact.as_millis().div_ceil(1000) as u64)
+        };
+        Self {
+            user_timeout,
+            keepalive_after: share(2),
+            keepalive_every: share(1),
+        }
+    }
+
+    fn set_up(&self, stream: &TcpStream) -> io::Result<()> {
+        stream.set_nodelay(true)?;
+        let socket = SockRef::from(stream);
+        let keepalive = TcpKeepalive::new()
+            .with_time(self.keepalive_after)
+            .with_interval(self.keepalive_every)
+            .with_retries(KEEPALIVE_PROBES);
+        socket.set_tcp_keepalive(&keepalive)?;
+        socket.set_tcp_user_timeout(Some(self.user_timeout))
+    }
 }
 
 /// Closes a connection at once, both ways. The peer sees the end of the stream.
@@ -106,6 +130,12 @@ fn set_up(stream: &TcpStream) -> io::Result<()> {
 pub(crate) struct Breaker(Socket);
 
 impl Breaker {
+    /// One that breaks nothing.
+    #[cfg(test)]
+    pub(crate) fn of_nothing() -> Self {
+        Self(Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap())
+    }
+
     /// With `abort`, what the peer has not received yet is thrown away: a stopped process that is continued later
     /// should not find old messages in its socket.
     pub(crate) fn cut(self, abort: bool) {
@@ -202,34 +232,45 @@ mod tests {
     use super::*;
     use crate::clock::Clock;
 
-    async fn pair() -> (Transport, Transport) {
+    async fn pair(patience: Patience) -> (Transport, Transport) {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let (dialed, accepted) = tokio::join!(
             TcpStream::connect(listener.local_addr().unwrap()),
             listener.accept()
         );
-        let dialed = Transport::secure(dialed.unwrap()).await.unwrap();
-        (
-            dialed,
-            Transport::secure(accepted.unwrap().0).await.unwrap(),
-        )
+        let dialed = Transport::secure(dialed.unwrap(), patience).await.unwrap();
+        let accepted = Transport::secure(accepted.unwrap().0, patience).await;
+        (dialed, accepted.unwrap())
     }
 
     #[tokio::test]
-    async fn sockets_are_set_up() {
-        let (dialed, accepted) = pair().await;
-        for Transport::Plain(stream) in [dialed, accepted] {
-            let socket = SockRef::from(&stream);
-            assert!(stream.nodelay().unwrap());
-            assert!(socket.keepalive().unwrap());
-            assert_eq!(socket.tcp_keepalive_time().unwrap(), KEEPALIVE_AFTER);
-            assert_eq!(socket.tcp_user_timeout().unwrap(), Some(TCP_USER_TIMEOUT));
+    async fn sockets_are_set_up_to_outlast_the_detector() {
+        for (dead_after_ms, user_timeout_ms, after_s, every_s) in [
+            (1_000, 5_000, 2, 1),
+            (2_500, 5_000, 2, 1),
+            (8_000, 16_000, 7, 4),
+            (3_600_000, 7_200_000, 2880, 1440),
+        ] {
+            let patience = Patience::beyond(Duration::from_millis(dead_after_ms));
+            let (dialed, accepted) = pair(patience).await;
+            for Transport::Plain(stream) in [dialed, accepted] {
+                let socket = SockRef::from(&stream);
+                assert!(stream.nodelay().unwrap());
+                assert!(socket.keepalive().unwrap());
+                let seen = (
+                    socket.tcp_user_timeout().unwrap(),
+                    socket.tcp_keepalive_time().unwrap().as_secs(),
+                    socket.tcp_keepalive_interval().unwrap().as_secs(),
+                );
+                let user_timeout = Duration::from_millis(user_timeout_ms);
+                assert_eq!(seen, (Some(user_timeout), after_s, every_s));
+            }
         }
     }
 
     #[tokio::test]
     async fn a_breaker_ends_both_sides() {
-        let (dialed, mut accepted) = pair().await;
+        let (dialed, mut accepted) = pair(Patience::beyond(Duration::ZERO)).await;
         let breaker = dialed.breaker().unwrap();
         let (mut read, _write) = dialed.split();
         breaker.cut(false);

@@ -14,8 +14,10 @@ use tokio::net::TcpListener;
 use tokio::task::JoinHandle;
 
 use crate::http;
-use crate::names::{ALL, Kind, describe_all};
+use crate::names::{ALL, Kind, LOG_LINES_DROPPED, describe_all};
 use crate::process::ProcessStats;
+use crate::record::register_all;
+use crate::sink::dropped_lines;
 
 /// Interval at which recorded samples are folded into their buckets; between scrapes they would pile up.
 const UPKEEP_INTERVAL: Duration = Duration::from_secs(5);
@@ -90,6 +92,7 @@ pub async fn install_metrics(listen: SocketAddr) -> Result<MetricsHandle, Metric
     let prometheus = recorder.handle();
     metrics::set_global_recorder(recorder).map_err(|_| MetricsError::AlreadyInstalled)?;
     describe_all();
+    register_all();
     let rendered = prometheus.clone();
     let server = tokio::spawn(http::serve(listener, Arc::new(move || render(&rendered))));
     let upkeep = tokio::spawn(upkeep(prometheus.clone()));
@@ -112,6 +115,7 @@ pub(crate) fn recorder() -> Result<PrometheusRecorder, BuildError> {
 }
 
 fn render(prometheus: &PrometheusHandle) -> String {
+    metrics::counter!(LOG_LINES_DROPPED).absolute(dropped_lines());
     let mut text = prometheus.render();
     ProcessStats::read().write_prometheus(&mut text);
     text

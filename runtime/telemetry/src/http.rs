@@ -1,9 +1,9 @@
 //! The small HTTP/1.1 server behind `/metrics`.
 //!
 //! It answers `GET` and `HEAD` of `/metrics` and `/health`, and nothing else. Each answer closes its connection, so
-//! there is no state to keep. Invariant: at most [`MAX_CONNECTIONS`] connections, each with at most
-//! [`MAX_HEAD_BYTES`] of request and for at most [`CONNECTION_TIMEOUT`], so that a port scanner or a stuck scraper costs a
-//! node next to nothing.
+//! there is no state to keep. Invariant: at most [`MAX_CONNECTIONS`] requests, each with at most [`MAX_HEAD_BYTES`] and for
+//! at most [`CONNECTION_TIMEOUT`], and [`MAX_LINGERING`] answered connections for at most [`LINGER_TIMEOUT`], so that a port
+//! scanner or a stuck scraper costs a node next to nothing, and keeps no other scraper waiting.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -18,8 +18,12 @@ pub const MAX_CONNECTIONS: usize = 16;
 pub const MAX_HEAD_BYTES: usize = 8 * 1024;
 /// Time for the request to arrive, so that silent connections do not hold their places for long.
 pub const HEAD_TIMEOUT: Duration = Duration::from_secs(2);
-/// Longest life of a connection, from accept to close.
+/// Longest time from accept to the last byte of the answer.
 pub const CONNECTION_TIMEOUT: Duration = Duration::from_secs(10);
+/// Wait for a client to close its side of an answered connection.
+const LINGER_TIMEOUT: Duration = Duration::from_secs(1);
+/// Answered connections that are waited for; further ones are closed at once.
+const MAX_LINGERING: usize = 64;
 /// Wait after a failed accept (out of file descriptors, most likely), so that the loop does not spin.
 const ACCEPT_BACKOFF: Duration = Duration::from_millis(100);
 
@@ -29,6 +33,7 @@ pub type Render = Arc<dyn Fn() -> String + Send + Sync>;
 /// Serves until the task is aborted.
 pub async fn serve(listener: TcpListener, render: Render) {
     let permits = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    let lingering = Arc::new(Semaphore::new(MAX_LINGERING));
     loop {
         let Ok(permit) = Arc::clone(&permits).acquire_owned().await else {
             return;
@@ -36,10 +41,17 @@ pub async fn serve(listener: TcpListener, render: Render) {
         match listener.accept().await {
             Ok((stream, _)) => {
                 let render = Arc::clone(&render);
+                let lingering = Arc::clone(&lingering);
                 tokio::spawn(async move {
-                    // A scraper that is slow or gone is its own problem: nothing to report.
-                    let _ = tokio::time::timeout(CONNECTION_TIMEOUT, answer(stream, render)).await;
+                    let answered =
+                        tokio::time::timeout(CONNECTION_TIMEOUT, answer(stream, render)).await;
+                    // What is left is the client's affair; the next scrape need not wait for it.
                     drop(permit);
+                    // A scraper that is slow or gone is its own problem: nothing to report.
+                    if let (Ok(Ok(Some(stream))), Ok(_place)) = (answered, lingering.try_acquire())
+                    {
+                        let _ = tokio::time::timeout(LINGER_TIMEOUT, linger(stream)).await;
+                    }
                 });
             }
             Err(error) => {
@@ -50,10 +62,11 @@ pub async fn serve(listener: TcpListener, render: Render) {
     }
 }
 
-async fn answer(mut stream: TcpStream, render: Render) -> std::io::Result<()> {
+/// Answers one request; gives the connection back if there was one.
+async fn answer(mut stream: TcpStream, render: Render) -> std::io::Result<Option<TcpStream>> {
     stream.set_nodelay(true)?;
     let Some(head) = tokio::time::timeout(HEAD_TIMEOUT, read_head(&mut stream)).await?? else {
-        return Ok(());
+        return Ok(None);
     };
     let reply = match route(&head) {
         Route::Metrics { head_only } => {
@@ -101,7 +114,11 @@ async fn answer(mut stream: TcpStream, render: Render) -> std::io::Result<()> {
     };
     stream.write_all(reply.as_bytes()).await?;
     stream.shutdown().await?;
-    // Wait for the peer's close: closing with unread bytes would send a reset that may overtake the answer.
+    Ok(Some(stream))
+}
+
+/// Waits for the peer's close: closing with unread bytes would send a reset that may overtake the answer.
+async fn linger(mut stream: TcpStream) -> std::io::Result<()> {
     let mut rest = [0; 512];
     while stream.read(&mut rest).await? > 0 {}
     Ok(())
@@ -167,6 +184,7 @@ fn reply(status: &str, content_type: &str, headers: &str, body: &str, head_only:
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::net::SocketAddr;
 
     #[test]
     fn requests_are_routed() {
@@ -199,5 +217,37 @@ mod tests {
         }
         assert_eq!(route(&[0xff; 20]), Route::Bad);
         assert_eq!(route(&vec![b'a'; MAX_HEAD_BYTES + 1]), Route::TooLarge);
+    }
+
+    async fn ask(address: SocketAddr) -> TcpStream {
+        let mut stream = TcpStream::connect(address).await.expect("a connection");
+        let request = b"GET /health HTTP/1.1\r\n\r\n";
+        stream.write_all(request).await.expect("sent");
+        let mut answer = Vec::new();
+        stream.read_to_end(&mut answer).await.expect("an answer");
+        assert!(answer.starts_with(b"HTTP/1.1 200 OK"), "{answer:?}");
+        stream
+    }
+
+    /// Our side is closed with the answer, theirs stays open: twice as many of these as there are places.
+    #[tokio::test]
+    async fn answered_connections_that_stay_open_keep_no_scrape_waiting() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+        let address = listener.local_addr().expect("its address");
+        let server = tokio::spawn(serve(listener, Arc::new(String::new)));
+        let all = async {
+            let mut open = Vec::new();
+            for _ in 0..2 * MAX_CONNECTIONS {
+                open.push(ask(address).await);
+            }
+            let begin = std::time::Instant::now();
+            ask(address).await;
+            (begin.elapsed(), open)
+        };
+        let (took, _open) = tokio::time::timeout(CONNECTION_TIMEOUT / 2, all)
+            .await
+            .expect("no place is held for its longest time");
+        assert!(took < Duration::from_secs(2), "{took:?}");
+        server.abort();
     }
 }

@@ -1,4 +1,4 @@
-//! Log set-up: human or JSON lines, to standard error or to a file.
+//! Log set-up: human or JSON lines, to standard error or to a file, through a thread of their own.
 //!
 //! Invariant: whatever `RUST_LOG` says, the targets in [`PINNED`] stay at `warn`. Below that they format whole messages,
 //! and messages hold prompts and tokens.
@@ -6,16 +6,19 @@
 use std::fs::OpenOptions;
 use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
-use std::sync::Mutex;
+use std::time::Duration;
 
 use tracing::level_filters::LevelFilter;
 use tracing::{Metadata, Subscriber};
 use tracing_subscriber::filter::{FilterExt, filter_fn};
 use tracing_subscriber::fmt::MakeWriter;
-use tracing_subscriber::fmt::format::FmtSpan;
+use tracing_subscriber::fmt::format::{self, FmtSpan, JsonFields};
 use tracing_subscriber::layer::{Layer, SubscriberExt};
 use tracing_subscriber::registry::LookupSpan;
 use tracing_subscriber::{EnvFilter, Registry};
+
+use crate::line::NodeLine;
+use crate::sink::{FLUSH_TIMEOUT, Sink};
 
 /// Crates that format payloads when they log below `warn`.
 pub const PINNED: [&str; 2] = ["ractor", "ractor_cluster"];
@@ -48,6 +51,8 @@ pub struct LogOptions {
     pub file: Option<PathBuf>,
     /// Whether colours are unwanted even on a terminal.
     pub no_color: bool,
+    /// Name of the node, which every line then bears.
+    pub node: Option<String>,
 }
 
 /// Why logging cannot be set up.
@@ -71,6 +76,9 @@ pub enum LogError {
         /// What the system says.
         source: std::io::Error,
     },
+    /// The thread that writes cannot be started.
+    #[error("cannot start the thread that writes the log: {0}")]
+    Thread(std::io::Error),
     /// A process has one subscriber, and it is there already.
     #[error("logging is already set up in this process")]
     AlreadyInstalled,
@@ -87,18 +95,47 @@ impl LogOptions {
     }
 }
 
+/// Keep it until the end: when it is dropped, the lines that wait are written, for at most [`FLUSH_TIMEOUT`].
+///
+/// [`FLUSH_TIMEOUT`]: crate::FLUSH_TIMEOUT
+#[must_use = "without it the last lines before the end are lost"]
+#[derive(Clone)]
+pub struct LogGuard(Sink);
+
+impl LogGuard {
+    /// Waits until everything is written, but not longer than `limit`. Returns whether it is.
+    pub fn flush(&self, limit: Duration) -> bool {
+        self.0.flush(limit)
+    }
+}
+
+impl std::fmt::Debug for LogGuard {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("LogGuard")
+    }
+}
+
+impl Drop for LogGuard {
+    fn drop(&mut self) {
+        self.0.flush(FLUSH_TIMEOUT);
+    }
+}
+
 /// Sets up logging for the whole process.
 ///
 /// # Errors
 /// A filter that cannot be understood, a file that cannot be opened, or a second call.
-pub fn install_logging(options: &LogOptions) -> Result<(), LogError> {
-    match &options.file {
-        Some(path) => install(subscriber(options, Mutex::new(append(path)?), false)?),
+pub fn install_logging(options: &LogOptions) -> Result<LogGuard, LogError> {
+    let (sink, colors) = match &options.file {
+        Some(path) => (Sink::to(append(path)?), false),
         None => {
             let colors = std::io::stderr().is_terminal() && !options.no_color;
-            install(subscriber(options, std::io::stderr, colors)?)
+            (Sink::to(std::io::stderr()), colors)
         }
-    }
+    };
+    let sink = sink.map_err(LogError::Thread)?;
+    install(subscriber(options, sink.clone(), colors)?)?;
+    Ok(LogGuard(sink))
 }
 
 fn append(path: &Path) -> Result<std::fs::File, LogError> {
@@ -136,10 +173,10 @@ where
     W: for<'w> MakeWriter<'w> + Send + Sync + 'static,
 {
     let filter = env_filter(options)?.and(filter_fn(keeps_payloads_out));
-    Ok(Registry::default().with(lines(options.format, writer, colors).with_filter(filter)))
+    Ok(Registry::default().with(lines(options, writer, colors).with_filter(filter)))
 }
 
-fn lines<S, W>(format: LogFormat, writer: W, colors: bool) -> Box<dyn Layer<S> + Send + Sync>
+fn lines<S, W>(options: &LogOptions, writer: W, colors: bool) -> Box<dyn Layer<S> + Send + Sync>
 where
     S: Subscriber + for<'span> LookupSpan<'span>,
     W: for<'w> MakeWriter<'w> + Send + Sync + 'static,
@@ -148,14 +185,26 @@ where
         .with_writer(writer)
         .with_ansi(colors)
         .with_span_events(FmtSpan::NONE);
-    match format {
-        LogFormat::Human => layer.boxed(),
-        LogFormat::Json => layer
-            .json()
-            .flatten_event(true)
-            .with_current_span(false)
-            .with_span_list(true)
-            .boxed(),
+    let node = options.node.as_deref();
+    match options.format {
+        LogFormat::Human => {
+            // Said to the format too, because a line is put together away from its writer.
+            let human = format::format().with_ansi(colors);
+            layer
+                .event_format(NodeLine::new(human, node, false))
+                .boxed()
+        }
+        LogFormat::Json => {
+            let json = format::format()
+                .json()
+                .flatten_event(true)
+                .with_current_span(false)
+                .with_span_list(true);
+            layer
+                .fmt_fields(JsonFields::new())
+                .event_format(NodeLine::new(json, node, true))
+                .boxed()
+        }
     }
 }
 
@@ -186,7 +235,7 @@ fn keeps_payloads_out(metadata: &Metadata<'_>) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::sync::Arc;
+    use std::sync::{Arc, Mutex};
 
     #[derive(Clone, Default)]
     struct Buffer(Arc<Mutex<Vec<u8>>>);
@@ -286,6 +335,41 @@ mod tests {
         ] {
             assert!(text.contains(part), "{part} in {text}");
         }
+    }
+
+    #[test]
+    fn every_line_bears_the_node_and_none_bears_two() {
+        let events = || {
+            let _span = tracing::info_span!("request", request_id = "r1").entered();
+            tracing::info!(worker = "demo/0", "dispatched");
+            tracing::warn!("without fields");
+            tracing::info!(node = "b", "names one itself");
+        };
+        let mut of_a = options(LogFormat::Json, "info", None);
+        of_a.node = Some("a-\"1\"".into());
+        let text = logged(&of_a, false, events);
+        let lines: Vec<&str> = text.lines().collect();
+        assert_eq!(lines.len(), 3, "{text}");
+        for line in &lines[..2] {
+            assert!(
+                line.starts_with("{\"node\":\"a-\\\"1\\\"\",\"timestamp\":") && line.ends_with('}'),
+                "{line}"
+            );
+        }
+        assert!(lines[0].contains("\"request_id\":\"r1\""), "{text}");
+        assert_eq!(lines[2].matches("\"node\":").count(), 1, "{text}");
+        assert!(lines[2].contains("\"node\":\"b\""), "{text}");
+
+        of_a.format = LogFormat::Human;
+        of_a.node = Some("a".into());
+        let text = logged(&of_a, false, events);
+        assert!(
+            text.contains("dispatched worker=\"demo/0\" node=a\n"),
+            "{text}"
+        );
+        assert!(text.contains("without fields node=a\n"), "{text}");
+        assert!(text.contains("names one itself node=\"b\"\n"), "{text}");
+        assert!(logged(&of_a, true, events).contains("\x1b"), "colours stay");
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! Every metric of the project, once: name, kind, unit, help and buckets.
+//! Every metric that the project serves, once: name, kind, unit, help and buckets. What nothing records has no line here.
 //!
 //! Names with the prefix `vllm:` are those that dashboards and the Gateway API Inference Extension already read, so they
 //! are emitted letter for letter; what has no counterpart there is `understudy_`. Units stand last and are base units;
@@ -107,17 +107,11 @@ metrics_table! {
     KV_CACHE_USAGE = "vllm:kv_cache_usage_perc", Gauge, Count, REPLICA,
         "Share of the replica's KV cache that is in use, from 0 to 1.";
     CACHE_CONFIG_INFO = "vllm:cache_config_info", Gauge, Count, &[MODEL, ENGINE, "block_size", "num_gpu_blocks"],
-        "Shape of the replica's KV cache, as labels; always 1.";
+        "Shape of the replica's KV cache, on whatever device it is, as labels: tokens of a block and number of blocks; always 1.";
     PROMPT_TOKENS = "vllm:prompt_tokens_total", Counter, Count, REPLICA,
         "Prompt tokens computed.";
     GENERATION_TOKENS = "vllm:generation_tokens_total", Counter, Count, REPLICA,
         "Output tokens computed; tokens that are replayed after a fault are not counted again.";
-    PREFIX_CACHE_QUERIES = "vllm:prefix_cache_queries_total", Counter, Count, REPLICA,
-        "Prompt tokens that were looked up in the prefix cache.";
-    PREFIX_CACHE_HITS = "vllm:prefix_cache_hits_total", Counter, Count, REPLICA,
-        "Prompt tokens that were found in the prefix cache.";
-    PREEMPTIONS = "vllm:num_preemptions_total", Counter, Count, REPLICA,
-        "Requests that were set back to make room for others.";
     REQUEST_SUCCESS = "vllm:request_success_total", Counter, Count, &[MODEL, ENGINE, "finished_reason"],
         "Requests that ended, by the reason they ended for.";
     TIME_TO_FIRST_TOKEN = "vllm:time_to_first_token_seconds", Histogram(FIRST_TOKEN_BUCKETS), Seconds, REPLICA,
@@ -142,7 +136,7 @@ metrics_table! {
         "Tokens computed in one engine step.";
 
     RECOVERIES = "understudy_recoveries_total", Counter, Count, &["cause", "stage"],
-        "Requests that were taken over after a fault, by the fault and by how far the request had come.";
+        "Takeovers after a fault that brought the request's next token, by the fault and by how far the request had come.";
     RECOVERY_STALL = "understudy_recovery_stall_seconds", Histogram(STALL_BUCKETS), Seconds, &[],
         "Time from the moment that a fault was seen or suspected to the request's next token.";
     REPLAYED_TOKENS = "understudy_replayed_tokens_total", Counter, Count, &["source"],
@@ -151,8 +145,6 @@ metrics_table! {
         "Messages that were dropped because they came from a superseded attempt or for a wrong position.";
     WORKER_RESTARTS = "understudy_worker_restarts_total", Counter, Count, &["worker", "cause"],
         "Engine processes that were replaced.";
-    QUARANTINED_REQUESTS = "understudy_quarantined_requests_total", Counter, Count, &[],
-        "Requests on which engines died repeatedly, and which were kept away from the others.";
     JOURNAL_COMMIT = "understudy_journal_commit_seconds", Histogram(COMMIT_BUCKETS), Seconds, &[],
         "Time to make a batch of tokens as durable as the configuration asks.";
     HEARTBEAT_AGE = "understudy_heartbeat_age_seconds", Gauge, Seconds, &["peer"],
@@ -178,7 +170,9 @@ metrics_table! {
     PROTOCOL_ERRORS = "understudy_protocol_errors_total", Counter, Count, &["code"],
         "Client connections that were closed because of what they sent, by error code.";
     NODE_INFO = "understudy_node_info", Gauge, Count, &["node", "version", "fingerprint"],
-        "This node, as labels; always 1.";
+        "This node, as labels: 1 for each numeric fingerprint that it serves now (the empty one if none), 0 for those of before.";
+    LOG_LINES_DROPPED = "understudy_log_lines_dropped_total", Counter, Count, &[],
+        "Log lines that could not be written, or not fast enough.";
 }
 
 /// Tells the installed recorder the unit and help of every metric.

@@ -59,8 +59,6 @@ labels! {
     }
     /// Where replayed state came from.
     ReplaySource {
-        /// Saved KV blocks.
-        Kv = "kv",
         /// Computed again from the token log.
         Recompute = "recompute",
     }
@@ -70,6 +68,8 @@ labels! {
         Request = "request",
         /// The gateway, which knows no such request any more.
         Hub = "hub",
+        /// The cluster layer, because the session that carried it was over.
+        Cluster = "cluster",
     }
     /// Why an engine process was replaced.
     RestartCause {
@@ -120,17 +120,42 @@ labels! {
         /// Events on their way to clients.
         ClientOut = "client_out",
         /// Messages on their way to other nodes.
-        PeerOut = "peer_out",
-        /// Frames on their way to engines.
-        EngineOut = "engine_out",
+        ClusterSend = "cluster_send",
+        /// Messages from other nodes that nobody has taken yet.
+        ClusterReceive = "cluster_receive",
         /// Finished requests kept for clients that come back.
         Finished = "finished",
-        /// Logs of requests in flight.
-        Journal = "journal",
     }
 }
 
-/// A request was taken over.
+/// Makes every series of a closed set of labels, at 0. A counter that appears with its first event hides that event from
+/// `increase()` and `rate()`, which need a sample from before it.
+pub(crate) fn register_all() {
+    for cause in RecoveryCause::ALL {
+        for stage in Stage::ALL {
+            counter!(names::RECOVERIES, "cause" => cause.label(), "stage" => stage.label())
+                .increment(0);
+        }
+    }
+    for source in ReplaySource::ALL {
+        replayed_tokens(*source, 0);
+    }
+    for source in FenceSource::ALL {
+        fenced_messages(*source, 0);
+    }
+}
+
+/// The same for the codes of [`request_error`] and [`protocol_error`], which the protocol knows and this crate does not.
+pub fn register_error_codes(request: &[&'static str], protocol: &[&'static str]) {
+    for code in request {
+        counter!(names::REQUEST_ERRORS, "code" => *code).increment(0);
+    }
+    for code in protocol {
+        counter!(names::PROTOCOL_ERRORS, "code" => *code).increment(0);
+    }
+}
+
+/// A takeover after a fault has brought the request's next token.
 pub fn recovery(cause: RecoveryCause, stage: Stage) {
     counter!(names::RECOVERIES, "cause" => cause.label(), "stage" => stage.label()).increment(1);
 }
@@ -154,16 +179,6 @@ pub fn fenced_messages(source: FenceSource, count: u64) {
 pub fn worker_restart(worker: &str, cause: RestartCause) {
     counter!(names::WORKER_RESTARTS, "worker" => worker.to_owned(), "cause" => cause.label())
         .increment(1);
-}
-
-/// A request was put into quarantine.
-pub fn quarantined_request() {
-    counter!(names::QUARANTINED_REQUESTS).increment(1);
-}
-
-/// A batch of tokens was committed.
-pub fn journal_commit(took: Duration) {
-    histogram!(names::JOURNAL_COMMIT).record(took);
 }
 
 /// Number of other nodes in a state.
@@ -201,13 +216,6 @@ pub fn protocol_error(code: &'static str) {
     counter!(names::PROTOCOL_ERRORS, "code" => code).increment(1);
 }
 
-/// This node. `fingerprint` is the numeric fingerprint of what it serves, or empty.
-pub fn node_info(node: &str, version: &str, fingerprint: &str) {
-    gauge!(names::NODE_INFO,
-        "node" => node.to_owned(), "version" => version.to_owned(), "fingerprint" => fingerprint.to_owned())
-    .set(1.0);
-}
-
 /// Series that the host of a replica records, looked up once for each replica.
 #[derive(Clone)]
 pub struct ReplicaMetrics {
@@ -218,15 +226,17 @@ pub struct ReplicaMetrics {
     kv_cache_usage: Gauge,
     prompt_tokens: Counter,
     generation_tokens: Counter,
-    prefix_cache_queries: Counter,
-    prefix_cache_hits: Counter,
-    preemptions: Counter,
     iteration_tokens: Histogram,
 }
 
 impl ReplicaMetrics {
-    /// The series of a replica; its gauges start at 0.
+    /// The series of a replica; its gauges start at 0, as do the restarts of its worker.
     pub fn new(model: &str, replica: u32) -> Self {
+        for cause in RestartCause::ALL {
+            let worker = format!("{model}/{replica}");
+            counter!(names::WORKER_RESTARTS, "worker" => worker, "cause" => cause.label())
+                .increment(0);
+        }
         let (model, engine) = (model.to_owned(), replica.to_string());
         let labels = [(MODEL, model.clone()), (ENGINE, engine.clone())];
         let metrics = Self {
@@ -235,9 +245,6 @@ impl ReplicaMetrics {
             kv_cache_usage: gauge!(names::KV_CACHE_USAGE, &labels),
             prompt_tokens: counter!(names::PROMPT_TOKENS, &labels),
             generation_tokens: counter!(names::GENERATION_TOKENS, &labels),
-            prefix_cache_queries: counter!(names::PREFIX_CACHE_QUERIES, &labels),
-            prefix_cache_hits: counter!(names::PREFIX_CACHE_HITS, &labels),
-            preemptions: counter!(names::PREEMPTIONS, &labels),
             iteration_tokens: histogram!(names::ITERATION_TOKENS, &labels),
             model,
             engine,
@@ -262,23 +269,21 @@ impl ReplicaMetrics {
         .set(1.0);
     }
 
-    /// One engine step: prompt tokens computed in it, and output tokens that came out of it.
-    pub fn step(&self, prompt_tokens: u64, generation_tokens: u64) {
+    /// Tokens computed since the last call: of prompts, and of output.
+    pub fn computed(&self, prompt_tokens: u64, generation_tokens: u64) {
         self.prompt_tokens.increment(prompt_tokens);
         self.generation_tokens.increment(generation_tokens);
-        self.iteration_tokens
-            .record((prompt_tokens + generation_tokens) as f64);
     }
 
-    /// Prompt tokens looked up in, and found in, the prefix cache.
-    pub fn prefix_cache(&self, queries: u64, hits: u64) {
-        self.prefix_cache_queries.increment(queries);
-        self.prefix_cache_hits.increment(hits);
+    /// One engine step computed this many tokens, of prompts and of output together.
+    pub fn iteration(&self, tokens: u64) {
+        self.iteration_tokens.record(tokens as f64);
     }
 
-    /// Requests set back to make room.
-    pub fn preemptions(&self, count: u64) {
-        self.preemptions.increment(count);
+    /// One engine step, for who is told of each: [`ReplicaMetrics::computed`] and [`ReplicaMetrics::iteration`] in one.
+    pub fn step(&self, prompt_tokens: u64, generation_tokens: u64) {
+        self.computed(prompt_tokens, generation_tokens);
+        self.iteration(prompt_tokens + generation_tokens);
     }
 }
 

@@ -52,6 +52,10 @@ pub struct Start {
     pub cluster: &'static str,
     pub cookie: PathBuf,
     pub checksum: u64,
+    /// Between two heartbeats; suspicion and death come after three and five of them.
+    pub heartbeat_ms: u64,
+    /// Nobody reads what it logs.
+    pub is_deaf: bool,
     pub peers: Vec<(&'static str, String)>,
 }
 
@@ -64,6 +68,8 @@ impl Start {
             cluster: "test",
             cookie: cookie.0.clone(),
             checksum: 0,
+            heartbeat_ms: 200,
+            is_deaf: false,
             peers: Vec::new(),
         }
     }
@@ -86,10 +92,12 @@ impl Start {
             cluster,
             cookie,
             checksum,
+            heartbeat_ms,
+            is_deaf,
             peers,
         } = self;
         let mut arguments = format!(
-            "{node} {incarnation} {listen} {cluster} {} {checksum}",
+            "{node} {incarnation} {listen} {cluster} {} {checksum} {heartbeat_ms}",
             cookie.display()
         );
         for (peer, address) in peers {
@@ -105,13 +113,12 @@ impl Start {
             .unwrap();
         let (lines, said) = channel();
         let begin = Instant::now();
-        for (prefix, stream) in [
-            (
-                "",
-                Box::new(child.stdout.take().unwrap()) as Box<dyn Read + Send>,
-            ),
-            ("log ", Box::new(child.stderr.take().unwrap())),
-        ] {
+        let stdout = child.stdout.take().unwrap();
+        let mut streams = vec![("", Box::new(stdout) as Box<dyn Read + Send>)];
+        if !is_deaf {
+            streams.push(("log ", Box::new(child.stderr.take().unwrap())));
+        }
+        for (prefix, stream) in streams {
             let lines = lines.clone();
             std::thread::spawn(move || {
                 for line in BufReader::new(stream).lines().map_while(Result::ok) {
@@ -192,6 +199,42 @@ impl Node {
             self.id,
             self.heard.join("\n")
         );
+    }
+
+    /// Gives a command again and again until the answer is right.
+    pub fn until(&mut self, command: &str, start: &str, mut right: impl FnMut(&str) -> bool) {
+        let deadline = Instant::now() + PATIENCE;
+        while Instant::now() < deadline {
+            self.tell(command);
+            // The answer may be missing: a metric that is not there yet.
+            if self
+                .try_expect(start, Duration::from_millis(200))
+                .is_some_and(|(_, answer)| right(&answer))
+            {
+                return;
+            }
+        }
+        panic!("{} never gave the right answer to {command:?}", self.id)
+    }
+
+    /// As `expect`, but the whole rest must be this, within its own time.
+    pub fn next_of(&mut self, start: &str, rest: &str, patience: Duration) -> (Instant, String) {
+        let deadline = Instant::now() + patience;
+        while Instant::now() < deadline {
+            if let Some(found) = self.try_expect(start, deadline - Instant::now()) {
+                assert_eq!(found.1, rest);
+                return found;
+            }
+        }
+        panic!("{} did not say {start}{rest}", self.id)
+    }
+
+    /// How many log lines so far contain this.
+    pub fn logged(&self, part: &str) -> usize {
+        let lines = self.heard.iter();
+        lines
+            .filter(|line| line.contains("log ") && line.contains(part))
+            .count()
     }
 
     /// Everything said (but not logged) from now on for a while.

@@ -11,19 +11,17 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use tokio::sync::{mpsc, watch};
 use understudy_cluster::{
-    Cluster, ClusterEvent, ClusterHandle, ClusterSettings, Cookie, NodeName, PeerAddress, PeerId,
-    SendError,
+    Cluster, ClusterEvent, ClusterHandle, ClusterSettings, Cookie, DetectorSettings, NodeName,
+    PeerAddress, PeerId, SendError,
 };
+use understudy_telemetry::{LogOptions, install_logging};
 
-/// Set in the environment of a process that is to be a probe: `NODE INCARNATION LISTEN CLUSTER COOKIE CHECKSUM [NODE=ADDRESS]...`
+/// Set in the environment of a process that is to be a probe: `NODE INCARNATION LISTEN CLUSTER COOKIE CHECKSUM
+/// HEARTBEAT [NODE=ADDRESS]...`
 pub const PROBE: &str = "CLUSTER_PROBE";
 
 pub fn run(arguments: &str) {
-    tracing_subscriber::fmt()
-        .with_max_level(tracing::Level::INFO)
-        .with_writer(std::io::stderr)
-        .with_ansi(false)
-        .init();
+    let _logs = install_logging(&LogOptions::default()).unwrap();
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_all()
@@ -44,7 +42,13 @@ fn settings(arguments: &str) -> ClusterSettings {
         cookie,
     );
     settings.config_checksum = words[5].parse().unwrap();
-    settings.peers = words[6..]
+    let heartbeat: u64 = words[6].parse().unwrap();
+    settings.detector = DetectorSettings {
+        heartbeat_interval: Duration::from_millis(heartbeat),
+        suspect_after: Duration::from_millis(heartbeat * 3),
+        dead_after: Duration::from_millis(heartbeat * 5),
+    };
+    settings.peers = words[7..]
         .iter()
         .map(|peer| {
             let (node, address) = peer.split_once('=').unwrap();
@@ -64,6 +68,9 @@ fn say(line: &str) {
 }
 
 async fn live(settings: ClusterSettings) {
+    let metrics = metrics_exporter_prometheus::PrometheusBuilder::new()
+        .install_recorder()
+        .unwrap();
     // Small, so that what a paused consumer has not taken stays in the cluster layer.
     let (sender, receiver) = mpsc::channel(8);
     let cluster = match Cluster::start(settings, sender).await {
@@ -71,9 +78,6 @@ async fn live(settings: ClusterSettings) {
         Err(error) => return say(&format!("failed {error}")),
     };
     say(&format!("listening {}", cluster.local_addr()));
-    let metrics = metrics_exporter_prometheus::PrometheusBuilder::new()
-        .install_recorder()
-        .unwrap();
     let consumer = Arc::new(Consumer::default());
     let (pause, paused) = watch::channel(false);
     tokio::spawn(consume(
@@ -160,6 +164,21 @@ async fn command(cluster: &ClusterHandle, consumer: &Consumer, words: &[&str]) {
                 view.send_queue_bytes, view.receive_queue_bytes
             ));
         }
+        // A fault of the layer itself: the actor that takes in what peers send is gone.
+        "break" => ractor::pg::get_scoped_members(
+            &"understudy-cluster".to_owned(),
+            &cluster.me().to_string(),
+        )
+        .iter()
+        .for_each(|port| port.kill()),
+        // More than any pipe holds.
+        "chatter" => {
+            for line in 0..number(1) {
+                tracing::info!(line, "{}", "chatter ".repeat(12));
+            }
+            say("chattered");
+        }
+        "mark" => tracing::info!("marked"),
         "fenced" => say(&format!("fenced {}", cluster.fenced_messages())),
         other => say(&format!("unknown command {other}")),
     }
@@ -253,7 +272,7 @@ async fn consume(
             _ = paused.changed() => continue,
         };
         match event {
-            None => return,
+            None => return say("events ended"),
             Some(ClusterEvent::Up { peer }) => say(&format!("up {peer}")),
             Some(ClusterEvent::Suspect { peer }) => say(&format!("suspect {peer}")),
             Some(ClusterEvent::Alive { peer }) => say(&format!("alive {peer}")),

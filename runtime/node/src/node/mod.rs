@@ -17,7 +17,8 @@ use understudy_cluster::{
 };
 use understudy_config::{ClusterConfig, LoadOptions, NodeSettings, PathCheck, Role};
 use understudy_protocol::handshake::AccessTokens;
-use understudy_telemetry::{LogFormat, LogOptions, record};
+use understudy_telemetry::gauges::NodeInfo;
+use understudy_telemetry::{LogFormat, LogOptions};
 
 use crate::cli::exit::Exit;
 
@@ -65,7 +66,9 @@ pub fn run(args: NodeArgs) -> anyhow::Result<ExitCode> {
             known.join(", ")
         );
     };
-    understudy_telemetry::install_logging(&logging(&config, &args.name))?;
+    // Kept to the end of this function: what waits to be written is written when it is dropped.
+    let logs = understudy_telemetry::install_logging(&logging(&config, &args.name))?;
+    understudy_telemetry::install_panic_hook(&logs);
     for warning in warnings {
         tracing::warn!("{warning}");
     }
@@ -89,7 +92,7 @@ async fn serve(config: Arc<ClusterConfig>, node: NodeSettings) -> anyhow::Result
         }
         None => None,
     };
-    record::node_info(&node.name, version, "");
+    NodeInfo::new(&node.name, version);
     let gateway = match node.has_role(Role::Gateway) {
         true => Some(gateway_parts(&config, &node).await?),
         false => None,
@@ -109,7 +112,7 @@ async fn serve(config: Arc<ClusterConfig>, node: NodeSettings) -> anyhow::Result
     let (supervisor, ended) = Actor::spawn(None, NodeSupervisor, args)
         .await
         .map_err(|e| anyhow::anyhow!("{e}"))?;
-    tracing::info!(node = %node.name, pid = std::process::id(), cluster = %cluster.local_addr(), "node started");
+    tracing::info!(pid = std::process::id(), cluster = %cluster.local_addr(), "node started");
     let mut ended = ended;
     let asked = tokio::select! {
         _ = terminate.recv() => true,
@@ -117,7 +120,7 @@ async fn serve(config: Arc<ClusterConfig>, node: NodeSettings) -> anyhow::Result
         _ = &mut ended => false,
     };
     if asked {
-        tracing::info!(node = %node.name, "node stops");
+        tracing::info!("node stops");
         supervisor.cast(NodeMsg::Shutdown).ok();
         // A second signal is a person's impatience: engines die with this process.
         tokio::select! {
@@ -203,6 +206,7 @@ fn cluster_settings(
     Ok(ClusterSettings {
         peers: peers.collect::<anyhow::Result<_>>()?,
         config_checksum: config.checksum(),
+        config_mismatch: config.cluster.config_mismatch,
         detector: DetectorSettings {
             heartbeat_interval: millis(detector.heartbeat_interval_ms),
             suspect_after: millis(detector.suspect_after_ms),
@@ -247,7 +251,66 @@ fn logging(config: &ClusterConfig, node: &str) -> LogOptions {
             .directory
             .as_ref()
             .map(|directory| directory.join(format!("{node}.log"))),
+        node: Some(node.to_owned()),
         ..LogOptions::default()
     }
     .with_environment()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use understudy_cluster::ConfigMismatch;
+
+    /// Node `a` of a cluster of two, with this in its file.
+    fn settings(addition: &str) -> ClusterSettings {
+        let folder = std::env::temp_dir().join(format!("understudy-node-{}", std::process::id()));
+        std::fs::create_dir_all(&folder).expect("a folder");
+        let cookie = folder.join("cookie");
+        if !cookie.exists() {
+            Cookie::generate().write_new(&cookie).expect("a cookie");
+        }
+        let text = format!(
+            "[cluster]\ncookie_file = {cookie:?}\n[[node]]\nname = \"a\"\ncluster_port = 1\nclient_port = 2\n\
+             [[node]]\nname = \"b\"\nroles = [\"host\"]\ncluster_port = 3\n[[model]]\nname = \"m\"\npath = \"m\"\n"
+        );
+        let text = text.replacen("[cluster]\n", &format!("[cluster]\n{addition}\n"), 1);
+        let options = LoadOptions {
+            paths: PathCheck::None,
+        };
+        let (config, _) = ClusterConfig::parse("/c.toml", &text, &options)
+            .unwrap_or_else(|report| panic!("{report}"));
+        let node = config.node("a").expect("it is there").clone();
+        let settings = cluster_settings(&config, &node).expect("settings");
+        assert_eq!(settings.config_checksum, config.checksum());
+        settings
+    }
+
+    /// The configuration's crate knows no engine, so that its least value must be held to the engine's habit here.
+    #[test]
+    fn an_engine_may_miss_two_heartbeats() {
+        let least = 3 * understudy_engine_core::frame::HEARTBEAT_INTERVAL_MS;
+        let loads = |timeout_ms: u64| {
+            let text = format!(
+                "[[node]]\nname = \"a\"\ncluster_port = 1\nclient_port = 2\n[[model]]\nname = \"m\"\n\
+                 path = \"m\"\n[failure_detector]\nengine_heartbeat_timeout_ms = {timeout_ms}\n"
+            );
+            let options = LoadOptions {
+                paths: PathCheck::None,
+            };
+            ClusterConfig::parse("/c.toml", &text, &options).is_ok()
+        };
+        assert!(loads(least) && !loads(least - 1));
+    }
+
+    #[test]
+    fn the_file_says_what_becomes_of_a_node_with_another_file() {
+        assert_eq!(settings("").config_mismatch, ConfigMismatch::Refuse);
+        let warn = settings("config_mismatch = \"warn\"");
+        assert_eq!(warn.config_mismatch, ConfigMismatch::Warn);
+        let names: Vec<&str> = warn.peers.iter().map(|peer| peer.node.as_str()).collect();
+        assert_eq!(names, ["b"]);
+        let folder = std::env::temp_dir().join(format!("understudy-node-{}", std::process::id()));
+        std::fs::remove_dir_all(folder).expect("removed");
+    }
 }
