@@ -14,6 +14,7 @@ mod placement;
 mod problem;
 mod schema;
 mod settings;
+mod tokens;
 mod value;
 
 pub use load::{ClusterConfig, LoadOptions, PathCheck};
@@ -25,6 +26,7 @@ pub use settings::{
     ClusterSettings, FailureDetectorSettings, GatewaySettings, JournalSettings, LoggingSettings,
     MetricsSettings, ModelSettings, NodeSettings, RecoverySettings, RestartSettings, sections,
 };
+pub use tokens::{TokenFileError, TokenFileProblem, read_tokens};
 pub use value::{
     Choice, Device, Dtype, Durability, LogFormat, LogLevel, Numerics, Role, UnknownWord,
 };

@@ -1,5 +1,5 @@
-//! What stands on the disk: models, cookie, token, directories. Only this machine's disk can be looked at, so models that
-//! run on other machines alone are left out.
+//! What stands on the disk: models, cookie, tokens, directories. Only this machine's disk can be looked at, so models
+//! that run on other machines alone are left out. Names of files that would collide are found without looking.
 
 use std::collections::HashSet;
 use std::fs;
@@ -8,14 +8,18 @@ use std::path::Path;
 
 use crate::load::{ClusterConfig, PathCheck};
 use crate::schema::Reader;
+use crate::tokens::read_tokens;
 use crate::value::Role;
 
 /// 32 hexadecimal digits hold 128 bits.
 const MIN_COOKIE_CHARS: usize = 32;
-/// A secret is one line.
-const MAX_SECRET_BYTES: u64 = 4096;
+/// The cookie is one line.
+const MAX_COOKIE_BYTES: u64 = 4096;
+/// A node's files are called after it; this name's are the launcher's own (`launcher.log`).
+const LAUNCHER: &str = "launcher";
 
 pub(super) fn check(config: &ClusterConfig, reader: &mut Reader<'_>, which: &PathCheck) {
+    file_names(config, reader);
     let is_gateway = match which {
         PathCheck::None => return,
         PathCheck::All => true,
@@ -30,7 +34,19 @@ pub(super) fn check(config: &ClusterConfig, reader: &mut Reader<'_>, which: &Pat
     }
     cookie(config, reader, matches!(which, PathCheck::Node(_)));
     if let (Some(path), true) = (&config.gateway.token_file, is_gateway) {
-        secret("gateway.token_file", path, 1, reader);
+        tokens("gateway.token_file", path, reader);
+    }
+}
+
+fn file_names(config: &ClusterConfig, reader: &mut Reader<'_>) {
+    let taken = |node: &crate::NodeSettings| node.name == LAUNCHER;
+    if let Some(at) = config.nodes.iter().position(taken) {
+        report(
+            reader,
+            &format!("node[{at}].name"),
+            format!("\"{LAUNCHER}\" cannot be a node: {LAUNCHER}.log is the launcher's own log"),
+            "give the node another name",
+        );
     }
 }
 
@@ -98,7 +114,7 @@ fn directory(key: &str, path: &Path, reader: &mut Reader<'_>) {
 fn cookie(config: &ClusterConfig, reader: &mut Reader<'_>, must_exist: bool) {
     let (key, path) = ("cluster.cookie_file", &config.cluster.cookie_file);
     if path.exists() {
-        secret(key, path, MIN_COOKIE_CHARS, reader);
+        cookie_content(key, path, reader);
     } else if must_exist {
         let message = format!("there is no cookie at {}", path.display());
         report(
@@ -112,27 +128,21 @@ fn cookie(config: &ClusterConfig, reader: &mut Reader<'_>, must_exist: bool) {
     }
 }
 
-/// The message never holds any of the secret.
-fn secret(key: &str, path: &Path, min_chars: usize, reader: &mut Reader<'_>) {
+/// A secret is a file that nobody else can read; `false` where there is none to look into.
+fn secret(key: &str, path: &Path, reader: &mut Reader<'_>) -> bool {
     let shown = path.display();
     let found = match fs::metadata(path) {
         Ok(found) => found,
         Err(error) => {
-            return report(
-                reader,
-                key,
-                format!("cannot look at {shown}: {error}"),
-                "name a readable file",
-            );
+            let message = format!("cannot look at {shown}: {error}");
+            report(reader, key, message, "name a readable file");
+            return false;
         }
     };
     if !found.is_file() {
-        return report(
-            reader,
-            key,
-            format!("{shown} is not a file"),
-            "name a file that holds the secret on one line",
-        );
+        let message = format!("{shown} is not a file");
+        report(reader, key, message, "name a file that holds the secret");
+        return false;
     }
     let mode = found.permissions().mode() & 0o777;
     if mode & 0o077 != 0 {
@@ -144,8 +154,32 @@ fn secret(key: &str, path: &Path, min_chars: usize, reader: &mut Reader<'_>) {
             "run `chmod 600` on it, and replace the secret if others may have seen it",
         );
     }
-    if found.len() > MAX_SECRET_BYTES {
-        let message = format!("{shown} has {} bytes; a secret is one line", found.len());
+    true
+}
+
+fn tokens(key: &str, path: &Path, reader: &mut Reader<'_>) {
+    if !secret(key, path, reader) {
+        return;
+    }
+    if let Err(error) = read_tokens(path) {
+        report(
+            reader,
+            key,
+            error.to_string(),
+            "a token is one word on a line of its own; lines that begin with # are skipped",
+        );
+    }
+}
+
+/// The message never holds any of the secret.
+fn cookie_content(key: &str, path: &Path, reader: &mut Reader<'_>) {
+    if !secret(key, path, reader) {
+        return;
+    }
+    let shown = path.display();
+    let length = fs::metadata(path).map_or(0, |found| found.len());
+    if length > MAX_COOKIE_BYTES {
+        let message = format!("{shown} has {length} bytes; a secret is one line");
         return report(reader, key, message, "write the secret alone into it");
     }
     match fs::read_to_string(path) {
@@ -163,7 +197,7 @@ fn secret(key: &str, path: &Path, min_chars: usize, reader: &mut Reader<'_>) {
                 "write the secret alone into it",
             );
         }
-        Ok(text) if text.trim().len() < min_chars => {
+        Ok(text) if text.trim().len() < MIN_COOKIE_CHARS => {
             let message = format!(
                 "the secret in {shown} is too short: {} characters",
                 text.trim().len()
