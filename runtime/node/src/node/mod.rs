@@ -19,13 +19,11 @@ use understudy_config::{ClusterConfig, LoadOptions, NodeSettings, PathCheck, Rol
 use understudy_protocol::handshake::AccessTokens;
 use understudy_telemetry::{LogFormat, LogOptions, record};
 
+use crate::cli::env;
 use crate::cli::exit::Exit;
 
 /// Cluster events that wait for the cluster actor at most.
 const MAX_CLUSTER_EVENTS: usize = 1024;
-
-/// Names the engine program where it does not lie beside this one.
-const ENGINE_VARIABLE: &str = "UNDERSTUDY_ENGINE";
 
 /// The engine program's name, beside this program.
 const ENGINE_PROGRAM: &str = "understudy-engine";
@@ -209,7 +207,7 @@ fn resolve(address: &str) -> anyhow::Result<SocketAddr> {
 }
 
 fn engine_program() -> anyhow::Result<PathBuf> {
-    if let Some(program) = std::env::var_os(ENGINE_VARIABLE) {
+    if let Some(program) = std::env::var_os(env::ENGINE) {
         return Ok(program.into());
     }
     let here = std::env::current_exe().context("where this program lies")?;
