@@ -21,6 +21,8 @@ import time
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 WIDTH = 100
+# A killed engine is replaced in a second or two; a slow machine may take longer.
+HEAL_S = 60
 
 
 def main():
@@ -37,18 +39,18 @@ def main():
     look = Look(args)
     answers = [Answer(args) for _ in range(args.streams)]
     try:
-        watch(args, answers, look, show)
+        victim = watch(args, answers, look, show)
     finally:
         for ended in [look, *answers]:
             ended.end()
-    judge(args, answers, show)
+    judge(args, answers, victim, show)
 
 
 def watch(args, answers, look, show):
-    """Shows the answer that began last, and kills the busiest engine in the middle of it."""
+    """Shows the answer that began last, and kills the busiest engine in the middle of it. Returns that one."""
     answer = answers[-1]
     # Early: the engine is ahead of what has been shown.
-    kill_at, shown = args.to // 6, 0
+    kill_at, shown, victim = args.to // 6, 0, None
     while shown < len(answer.pieces) or answer.thread.is_alive():
         if shown == len(answer.pieces):
             time.sleep(0.001)
@@ -65,9 +67,10 @@ def watch(args, answers, look, show):
     show.line("")
     for answer in answers:
         answer.thread.join()  # the requests have a deadline of their own
+    return victim
 
 
-def judge(args, answers, show):
+def judge(args, answers, victim, show):
     wanted = [str(number) for number in range(1, args.to + 1)]
     wrong = 0
     for answer in answers:
@@ -76,8 +79,7 @@ def judge(args, answers, show):
             wrong += 1
             at = next((i for i, pair in enumerate(zip(numbers, wanted)) if pair[0] != pair[1]), min(len(numbers), args.to))
             show.line(f"  WRONG: {answer.error or f'from number {at + 1} on: ' + ' '.join(numbers[at : at + 8])}")
-    time.sleep(2)
-    for replica in status(args)["replicas"]:
+    for replica in healed(args, victim):
         restarts = sum(worker["restarts"] for worker in replica["workers"])
         show.line(f"  engine of {name(replica)}: {replica['state']}, pid {pid(replica)}, restarts {restarts}")
     longest = max(answer.longest_pause for answer in answers)
@@ -85,6 +87,18 @@ def judge(args, answers, show):
     if wrong:
         sys.exit(f"  {wrong} of {args.streams} answers are wrong")
     show.line(f"  every answer has all {args.to} numbers: none lost, none repeated, none changed")
+
+
+def healed(args, victim):
+    """The replicas, once an engine serves in the place of the killed one; as they are, when that takes too long."""
+    deadline = time.monotonic() + HEAL_S
+    while True:
+        replicas = status(args)["replicas"]
+        serve = all(replica["state"] == "ready" and pid(replica) for replica in replicas)
+        replaced = not victim or all(pid(replica) != pid(victim) for replica in replicas)
+        if serve and replaced or time.monotonic() > deadline:
+            return replicas
+        time.sleep(0.05)
 
 
 class Look:

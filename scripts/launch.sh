@@ -37,35 +37,40 @@ while (($#)); do
     --no-sample) sample=--no-sample ;;
     --cuda) setup+=(--cuda) ;;
     -f | --follow) follow=(--follow) ;;
-    stop | down) verb=stop ;;
-    status | ps) verb="$1" ;;
-    logs)
-        verb=logs
-        [[ -n "${2:-}" && "$2" != -* ]] || die "logs: which node?" "scripts/launch.sh logs NODE"
-        node="$2"
-        shift
-        ;;
     -*) die "unknown option '$1'" "scripts/launch.sh --help lists what there is" ;;
     *)
-        [[ -z "$config" ]] || die "two configurations: '$config' and '$1'" "name one"
-        [[ -f "$1" ]] || die "'$1' is neither a command of this script nor a file" "scripts/launch.sh --help lists what there is"
-        config="$1"
+        # The first word behind `logs` is the node, whatever it is called; a configuration may stand between them.
+        if [[ "$verb" == logs && -z "$node" && ! ("$1" == *.toml && -f "$1") ]]; then
+            node="$1"
+        else
+            case "$1" in
+            stop | down) verb=stop ;;
+            status | ps | logs) verb="$1" ;;
+            *)
+                [[ -z "$config" ]] || die "two configurations: '$config' and '$1'" "name one"
+                [[ -f "$1" ]] ||
+                    die "'$1' is neither a command of this script nor a file" "scripts/launch.sh --help lists what there is"
+                config="$1"
+                ;;
+            esac
+        fi
         ;;
     esac
     shift
 done
+[[ "$verb" != logs || -n "$node" ]] || die "logs: which node?" "scripts/launch.sh logs NODE"
 case "$verb$detach$sample${follow[*]-}" in
 up | up--detach | up--no-sample | up--detach--no-sample | stop | status | ps | logs | logs--follow) ;;
 *) die "these words do not go together" "scripts/launch.sh --help shows the forms" ;;
 esac
 
-understudy="${CARGO_TARGET_DIR:-$ROOT/target}/release/understudy"
+config="${config:-$DEFAULT_CONFIG}"
+understudy="$PROGRAMS/understudy"
 via="${0}"
 
 if [[ "$verb" != up ]]; then
     # To stop or look at a cluster nothing is built.
     [[ -x "$understudy" ]] || die "nothing has been built here yet, so nothing runs" "scripts/launch.sh starts a cluster"
-    config="${config:-$DEFAULT_CONFIG}"
     case "$verb" in
     stop) exec "$understudy" down "$config" ;;
     status) exec "$understudy" status --config "$config" ;;
@@ -74,10 +79,21 @@ if [[ "$verb" != up ]]; then
     esac
 fi
 
+# Beside a running cluster nothing is built: its programs would be replaced under it. Status 1 alone means that it runs;
+# programs of another version may know neither the option nor the configuration.
+if [[ -x "$understudy" ]]; then
+    status=0
+    said="$("$understudy" up "$config" --if-free --via "$via" 2>&1)" || status=$?
+    if ((status == 1)); then
+        printf '%s\n' "$said" >&2
+        exit 1
+    fi
+fi
+
 "$ROOT/scripts/setup.sh" --quiet ${setup[@]+"${setup[@]}"}
 
 # Cargo shows its progress: a bar on a terminal, a line for each crate elsewhere.
 [[ -x "$understudy" ]] || step "Building (the first time takes some minutes)"
 build_binaries
 
-exec "$understudy" up ${config:+"$config"} ${detach:+"$detach"} ${sample:+"$sample"} --via "$via"
+exec "$understudy" up "$config" ${detach:+"$detach"} ${sample:+"$sample"} --via "$via"

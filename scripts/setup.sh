@@ -6,6 +6,7 @@ set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/lib.sh"
 
 LIBTORCH_VERSION=2.11.0
+PYTHON_VERSION=3.8
 DEPS="${UNDERSTUDY_DEPS:-$ROOT/.deps}"
 
 usage() {
@@ -58,8 +59,16 @@ esac
 # check_tools [fetch]: with `fetch`, pip too (asking it takes half a second, so not on every run).
 check_tools() {
     local missing=()
+    local rust_wanted rust
+    rust_wanted="$(sed -n 's/^rust-version = "\(.*\)"$/\1/p' "$ROOT/Cargo.toml")"
     have cargo || die "cargo is missing" \
-        "install Rust 1.95 or newer (rustup, or your distribution's package), and open a new shell"
+        "install Rust $rust_wanted or newer (rustup, or your distribution's package), and open a new shell"
+    # From the root, where rust-toolchain.toml has a say.
+    rust="$(cd -- "$ROOT" && cargo --version 2>&1)" || die "cargo does not run:" "$rust"
+    rust="$(awk '$1 == "cargo" {print $2; exit}' <<<"$rust")"
+    at_least "$rust_wanted" "${rust%%-*}" ||
+        die "Rust $rust_wanted or newer needed, found ${rust:-an unknown version}: rustup update stable" \
+            "without rustup: your distribution's newer package, or https://rustup.rs"
     have cc || have gcc || missing+=(gcc)
     have c++ || have g++ || missing+=(g++)
     have ld || missing+=(binutils)
@@ -69,13 +78,15 @@ check_tools() {
     fi
     ((${#missing[@]} == 0)) || die "missing: ${missing[*]}" \
         "on Debian or Ubuntu: sudo apt-get update && sudo apt-get install -y --no-install-recommends ${missing[*]} libc6-dev"
+    python3 -c "import sys; sys.exit(sys.version_info < (${PYTHON_VERSION/./, }))" ||
+        die "Python $PYTHON_VERSION or newer needed, found $(python3 --version 2>&1)" \
+            "install a newer python3, and make it the first on the PATH"
     # The wheels are manylinux_2_28: an older C library cannot load them.
     local glibc
     glibc="$(getconf GNU_LIBC_VERSION 2>/dev/null | awk '{print $2}')" || true
     [[ -n "$glibc" ]] || die "this system's C library is not glibc; LibTorch's packages need glibc 2.28 or newer"
-    if [[ "$(printf '%s\n2.28\n' "$glibc" | sort -V | head -n1)" != 2.28 ]]; then
+    at_least 2.28 "$glibc" ||
         die "glibc $glibc is too old: LibTorch's packages need 2.28 or newer (Debian 10, Ubuntu 20.04, RHEL 8)"
-    fi
 }
 
 # The version that a LibTorch folder states: build-version (the zip of PyTorch's site), version.py (a Python

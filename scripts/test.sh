@@ -39,20 +39,46 @@ while (($#)); do
 done
 if [[ -n "${all:-}" ]]; then quick=1 fuzz="${fuzz:-60}" setup_tests=1; fi
 
-# Tools that some tests use. Where they cannot be installed those tests say that they were skipped.
+# What has been left out, and why; shown at the end, for cargo shows nothing of what a test that passes has to say.
+skipped=()
+
+# Tools that some checks use. Where UNDERSTUDY_REQUIRE_TOOLS is set, as in continuous integration, they must be there.
 install_tools() {
-    local missing=()
-    have promtool || missing+=(prometheus)
-    have shellcheck || missing+=(shellcheck)
-    ((${#missing[@]})) || return 0
-    if [[ "$(id -u)" == 0 ]] && have apt-get; then
-        step "Installing ${missing[*]}"
-        if apt-get update -qq >/dev/null 2>&1 &&
-            DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null 2>&1; then
-            return 0
+    local packages=()
+    have promtool || packages+=(prometheus)
+    have shellcheck || packages+=(shellcheck)
+    if ((${#packages[@]})) && [[ "$(id -u)" == 0 ]] && have apt-get; then
+        step "Installing ${packages[*]}"
+        if ! { apt-get update -qq && DEBIAN_FRONTEND=noninteractive \
+            apt-get install -y -qq --no-install-recommends "${packages[@]}"; } >/dev/null 2>&1; then
+            warn "apt-get failed"
         fi
     fi
-    warn "not installed: ${missing[*]}; the checks that need them are skipped"
+    packages=()
+    if ! have promtool; then
+        packages+=(prometheus)
+        skipped+=("the metrics page in the eyes of promtool (tests/integration/metrics.rs): promtool is missing")
+    fi
+    if ! have shellcheck; then
+        packages+=(shellcheck)
+        skipped+=("shellcheck of the scripts: it is missing")
+    fi
+    ((${#packages[@]})) || return 0
+    [[ -z "${UNDERSTUDY_REQUIRE_TOOLS:-}" ]] ||
+        die "not installed: ${packages[*]}" "UNDERSTUDY_REQUIRE_TOOLS is set, so nothing may be skipped for want of a tool"
+    warn "not installed: ${packages[*]}; the checks that need them are skipped"
+}
+
+# One test fills a disk, and wants one of its own.
+look_for_mount() {
+    local folder
+    folder="$(mktemp -d)"
+    if mount -t tmpfs -o size=64k tmpfs "$folder" 2>/dev/null; then
+        umount "$folder"
+    else
+        skipped+=("a node and a full disk (runtime/node/tests/launch/disk.rs): this user may not mount one")
+    fi
+    rmdir "$folder"
 }
 
 check_shell() {
@@ -60,8 +86,6 @@ check_shell() {
     for script in "${scripts[@]}"; do bash -n "$script"; done
     if have shellcheck; then
         shellcheck --external-sources --source-path="$ROOT" "${scripts[@]}"
-    else
-        warn "SKIPPED: shellcheck (not installed)"
     fi
     python3 - scripts/*.py <<'EOF'
 import ast, sys
@@ -93,6 +117,7 @@ EOF
 if [[ -n "$quick" ]]; then
     scripts/setup.sh
     install_tools
+    look_for_mount
     step "Shell scripts and links"
     check_shell
     check_links
@@ -115,4 +140,9 @@ fi
 if [[ -n "$setup_tests" ]]; then
     step "Set-up from nothing, with interruptions"
     scripts/test_setup.sh
+fi
+
+if ((${#skipped[@]})); then
+    warn "skipped:"
+    for what in "${skipped[@]}"; do note "$what"; done
 fi

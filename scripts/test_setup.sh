@@ -9,6 +9,8 @@ work="$(mktemp -d)"
 trap 'rm -rf -- "$work"' EXIT
 mkdir "$work/scripts"
 cp "$ROOT"/scripts/* "$work/scripts/" 2>/dev/null || true
+# States which Rust is needed.
+cp "$ROOT/Cargo.toml" "$work/"
 setup="$work/scripts/setup.sh"
 # `large` stands beside `scripts`, so both use this folder.
 deps="$work/.deps"

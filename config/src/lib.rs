@@ -15,6 +15,7 @@ mod placement;
 mod problem;
 mod schema;
 mod settings;
+mod tokens;
 mod value;
 
 pub use cookie::{CookieError, MIN_COOKIE_BITS, read_cookie};
@@ -27,6 +28,7 @@ pub use settings::{
     ClusterSettings, FailureDetectorSettings, GatewaySettings, JournalSettings, LoggingSettings,
     MetricsSettings, ModelSettings, NodeSettings, RecoverySettings, RestartSettings, sections,
 };
+pub use tokens::{TokenFileError, TokenFileProblem, read_tokens};
 pub use value::{
     Choice, ConfigMismatch, Device, Dtype, Durability, LogFormat, LogLevel, Numerics, Role,
     UnknownWord,

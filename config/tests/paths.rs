@@ -161,24 +161,31 @@ fn directories_can_be_made() {
 }
 
 #[test]
-fn the_client_token_exists() {
+fn the_client_tokens_exist() {
     let scratch = Scratch::new();
-    scratch.problem(
-        "[gateway]\ntoken_file = \"token\"",
-        "gateway.token_file",
-        "cannot look at",
-    );
-    scratch.write("token", "\n", 0o600);
-    scratch.problem(
-        "[gateway]\ntoken_file = \"token\"",
-        "gateway.token_file",
-        "too short",
-    );
-    scratch.write("token", "t0ken", 0o600);
-    assert_eq!(
-        scratch.problems("[gateway]\ntoken_file = \"token\"", PathCheck::All),
-        []
-    );
+    let (addition, key) = ("[gateway]\ntoken_file = \"token\"", "gateway.token_file");
+    scratch.problem(addition, key, "cannot look at");
+    for (text, mode, message) in [
+        ("# none\n", 0o600, "it holds no token"),
+        ("two words\n", 0o600, "line 1 holds more than one word"),
+        ("t0ken\n", 0o644, "can be read by others (mode 644)"),
+    ] {
+        scratch.write("token", text, mode);
+        scratch.problem(addition, key, message);
+    }
+    // One for each client, with comments: what a gateway reads.
+    scratch.write("token", "# alice\nt0ken\n\n# bob\n0ther\n", 0o600);
+    assert_eq!(scratch.problems(addition, PathCheck::All), []);
+}
+
+#[test]
+fn no_node_is_called_like_the_launcher() {
+    let scratch = Scratch::new();
+    let node = "[[node]]\nname = \"launcher\"\nroles = [\"host\"]\ncluster_port = 9";
+    let found = scratch.problems(node, PathCheck::None);
+    assert_eq!(found.len(), 1, "{found:#?}");
+    assert_eq!(found[0].key, "node[2].name");
+    assert!(found[0].message.contains("launcher.log"), "{}", found[0]);
 }
 
 #[test]

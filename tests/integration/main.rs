@@ -2,6 +2,7 @@
 
 mod clients;
 mod faults;
+mod launch_script;
 mod metrics;
 mod requests;
 mod serving;

@@ -1,5 +1,5 @@
-//! What stands on the disk: models, cookie, token, directories. Only this machine's disk can be looked at, so models that
-//! run on other machines alone are left out.
+//! What stands on the disk: models, cookie, tokens, directories. Only this machine's disk can be looked at, so models
+//! that run on other machines alone are left out. Names of files that would collide are found without looking.
 
 use std::collections::HashSet;
 use std::fs;
@@ -9,12 +9,14 @@ use std::path::Path;
 use crate::cookie::{CookieError, read_cookie};
 use crate::load::{ClusterConfig, PathCheck};
 use crate::schema::Reader;
+use crate::tokens::read_tokens;
 use crate::value::Role;
 
-/// A secret is one line.
-const MAX_SECRET_BYTES: u64 = 4096;
+/// A node's files are called after it; this name's are the launcher's own (`launcher.log`).
+const LAUNCHER: &str = "launcher";
 
 pub(super) fn check(config: &ClusterConfig, reader: &mut Reader<'_>, which: &PathCheck) {
+    file_names(config, reader);
     let is_gateway = match which {
         PathCheck::None => return,
         PathCheck::All => true,
@@ -29,7 +31,19 @@ pub(super) fn check(config: &ClusterConfig, reader: &mut Reader<'_>, which: &Pat
     }
     cookie(config, reader, matches!(which, PathCheck::Node(_)));
     if let (Some(path), true) = (&config.gateway.token_file, is_gateway) {
-        secret("gateway.token_file", path, 1, reader);
+        tokens("gateway.token_file", path, reader);
+    }
+}
+
+fn file_names(config: &ClusterConfig, reader: &mut Reader<'_>) {
+    let taken = |node: &crate::NodeSettings| node.name == LAUNCHER;
+    if let Some(at) = config.nodes.iter().position(taken) {
+        report(
+            reader,
+            &format!("node[{at}].name"),
+            format!("\"{LAUNCHER}\" cannot be a node: {LAUNCHER}.log is the launcher's own log"),
+            "give the node another name",
+        );
     }
 }
 
@@ -108,27 +122,21 @@ fn cookie(config: &ClusterConfig, reader: &mut Reader<'_>, must_exist: bool) {
     }
 }
 
-/// The message never holds any of the secret.
-fn secret(key: &str, path: &Path, min_chars: usize, reader: &mut Reader<'_>) {
+/// A secret is a file that nobody else can read; `false` where there is none to look into.
+fn secret(key: &str, path: &Path, reader: &mut Reader<'_>) -> bool {
     let shown = path.display();
     let found = match fs::metadata(path) {
         Ok(found) => found,
         Err(error) => {
-            return report(
-                reader,
-                key,
-                format!("cannot look at {shown}: {error}"),
-                "name a readable file",
-            );
+            let message = format!("cannot look at {shown}: {error}");
+            report(reader, key, message, "name a readable file");
+            return false;
         }
     };
     if !found.is_file() {
-        return report(
-            reader,
-            key,
-            format!("{shown} is not a file"),
-            "name a file that holds the secret on one line",
-        );
+        let message = format!("{shown} is not a file");
+        report(reader, key, message, "name a file that holds the secret");
+        return false;
     }
     let mode = found.permissions().mode() & 0o777;
     if mode & 0o077 != 0 {
@@ -140,37 +148,19 @@ fn secret(key: &str, path: &Path, min_chars: usize, reader: &mut Reader<'_>) {
             "run `chmod 600` on it, and replace the secret if others may have seen it",
         );
     }
-    if found.len() > MAX_SECRET_BYTES {
-        let message = format!("{shown} has {} bytes; a secret is one line", found.len());
-        return report(reader, key, message, "write the secret alone into it");
+    true
+}
+
+fn tokens(key: &str, path: &Path, reader: &mut Reader<'_>) {
+    if !secret(key, path, reader) {
+        return;
     }
-    match fs::read_to_string(path) {
-        Err(error) => report(
+    if let Err(error) = read_tokens(path) {
+        report(
             reader,
             key,
-            format!("cannot read {shown}: {error}"),
-            "make it readable for this user",
-        ),
-        Ok(text) if text.trim().contains(char::is_whitespace) => {
-            report(
-                reader,
-                key,
-                format!("{shown} holds more than one word"),
-                "write the secret alone into it",
-            );
-        }
-        Ok(text) if text.trim().len() < min_chars => {
-            let message = format!(
-                "the secret in {shown} is too short: {} characters",
-                text.trim().len()
-            );
-            report(
-                reader,
-                key,
-                message,
-                "make one with `head -c 32 /dev/urandom | base64`",
-            );
-        }
-        Ok(_) => {}
+            error.to_string(),
+            "a token is one word on a line of its own; lines that begin with # are skipped",
+        );
     }
 }

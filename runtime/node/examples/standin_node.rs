@@ -3,7 +3,8 @@
 //!
 //! - `STANDIN_DIE=NAME`: that node says why and exits with status 3 at once;
 //! - `STANDIN_STUBBORN=NAME`: that node ignores SIGTERM;
-//! - `STANDIN_STARTING=NAME`: that node's replicas never become ready.
+//! - `STANDIN_STARTING=NAME`: that node's replicas never become ready;
+//! - `STANDIN_DOWN=NAME`: that node's engines cannot load their libraries.
 
 use std::net::TcpStream as StdStream;
 use std::process::ExitCode;
@@ -13,10 +14,10 @@ use bytes::BytesMut;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::signal::unix::{SignalKind, signal};
-use understudy_config::{ClusterConfig, LoadOptions, PathCheck};
+use understudy_config::{ClusterConfig, LoadOptions, PathCheck, read_tokens};
 use understudy_protocol::message::{
     ClientMessage, ClusterStatus, FinishReason, Limits, NodeStatus, ReplicaStatus, ServerMessage,
-    TokenEvent, Usage,
+    TokenEvent, Usage, WorkerStatus,
 };
 use understudy_protocol::{FrameDecoder, RequestId, decode_client, encode};
 
@@ -49,6 +50,14 @@ async fn main() -> ExitCode {
         .node(name)
         .expect("the launcher has taken it from there")
         .clone();
+    if let Some(file) = &config.gateway.token_file
+        && settings.client_port.is_some()
+    {
+        read_tokens(file).expect("the launcher has copied it");
+    }
+    if is("STANDIN_DOWN", name) {
+        eprintln!("libtorch_cpu.so: cannot open shared object file");
+    }
     let mut listeners = vec![
         TcpListener::bind(settings.listen_address(settings.cluster_port))
             .await
@@ -179,19 +188,40 @@ fn status(config: &ClusterConfig, name: &str) -> ClusterStatus {
     let replicas = config.placement().into_iter().map(|place| ReplicaStatus {
         state: if is("STANDIN_STARTING", &place.node) {
             "starting"
+        } else if is("STANDIN_DOWN", &place.node) {
+            "down"
         } else {
             "ready"
         }
         .to_owned(),
+        workers: vec![worker(
+            is("STANDIN_DOWN", &place.node).then_some("the engine ended: exit status: 127"),
+        )],
         model: place.model,
         node: place.node,
         replica: place.replica,
         in_flight: 0,
-        workers: vec![],
     });
     ClusterStatus {
         nodes: nodes.collect(),
         replicas: replicas.collect(),
         ..ClusterStatus::default()
+    }
+}
+
+fn worker(last_error: Option<&str>) -> WorkerStatus {
+    WorkerStatus {
+        shard: 0,
+        state: String::new(),
+        engine_pid: None,
+        device: "cpu".to_owned(),
+        restarts: 0,
+        last_error: last_error.map(str::to_owned),
+        running: 0,
+        waiting: 0,
+        kv_used_tokens: 0,
+        kv_capacity_tokens: 0,
+        rss_bytes: 0,
+        fingerprint: String::new(),
     }
 }

@@ -1,5 +1,6 @@
 //! `understudy check`: everything that is wrong with a configuration file.
 
+use std::io;
 use std::path::PathBuf;
 
 use clap::Args;
@@ -41,8 +42,14 @@ pub fn run<W: std::io::Write>(args: &CheckArgs, out: &mut Output<W>) -> Result<E
     } else {
         as_text(&args.file, &result)
     };
-    out.foreign(&report)?;
-    Ok(exit)
+    match out.foreign(&report) {
+        // Whoever does not want to read the problems still learns that there are some.
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(exit),
+        written => {
+            written?;
+            Ok(exit)
+        }
+    }
 }
 
 type Loaded = Result<(ClusterConfig, Vec<Warning>), Problems>;

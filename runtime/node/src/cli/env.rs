@@ -1,4 +1,5 @@
-//! The environment variables that the command line reads: all of them, and only here.
+//! The names of the environment variables that this program reads: all of them, and only here. (Logging's own, `RUST_LOG`,
+//! stands in the telemetry crate.)
 
 use std::env;
 
@@ -6,10 +7,15 @@ use std::env;
 pub const ADDR: &str = "UNDERSTUDY_ADDR";
 /// The access token itself; `--token-file` wins.
 pub const TOKEN: &str = "UNDERSTUDY_TOKEN";
-/// A file that holds the access token in its first line that is no `#` comment; [`TOKEN`] wins.
+/// A file that holds the access token (the first one, where there are several); [`TOKEN`] wins.
 pub const TOKEN_FILE: &str = "UNDERSTUDY_TOKEN_FILE";
 /// Any value but the empty one switches colours off (<https://no-color.org>).
 pub const NO_COLOR: &str = "NO_COLOR";
+
+/// The engine program of a node, where it does not lie beside this one.
+pub const ENGINE: &str = "UNDERSTUDY_ENGINE";
+/// The ssh program that the launcher uses, with arguments, separated by spaces.
+pub const SSH: &str = "UNDERSTUDY_SSH";
 
 /// What the environment says, read once.
 #[derive(Debug, Clone, Default)]

@@ -1,11 +1,10 @@
 //! Which gateways to talk to, and with what token: options, then environment, then the local default.
 
-use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::Args;
-use understudy_config::{ClusterConfig, LoadOptions, PathCheck};
+use understudy_config::{ClusterConfig, LoadOptions, PathCheck, TokenFileError, read_tokens};
 
 use super::env::{ADDR, Environment};
 use super::exit::Failure;
@@ -13,9 +12,6 @@ use super::sampling::parse_duration;
 
 /// The gateway of the shipped local profile (`config/profiles/local.toml`), used where nothing else is named.
 pub const DEFAULT_ADDR: &str = "127.0.0.1:7601";
-
-/// Largest token file that is read; a token is a line.
-const MAX_TOKEN_FILE_BYTES: u64 = 64 * 1024;
 
 /// Options of every command that connects.
 #[derive(Debug, Clone, Default, Args)]
@@ -33,8 +29,8 @@ pub struct GatewayArgs {
     /// Take the gateways, and the token file, from a cluster's configuration
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
-    /// File that holds the access token [default: $UNDERSTUDY_TOKEN_FILE; the token itself may stand in
-    /// $UNDERSTUDY_TOKEN]
+    /// File that holds the access token, the first where there are several [default: $UNDERSTUDY_TOKEN_FILE; the token
+    /// itself may stand in $UNDERSTUDY_TOKEN]
     #[arg(long, value_name = "FILE")]
     pub token_file: Option<PathBuf>,
     /// Longest wait for a connection
@@ -101,7 +97,7 @@ impl GatewayArgs {
         from_config: Option<PathBuf>,
     ) -> Result<Option<String>, Failure> {
         if let Some(file) = &self.token_file {
-            return read_token(file).map(Some);
+            return first_token(file).map(Some);
         }
         if let Some(token) = &environment.token {
             return Ok(Some(token.trim().to_owned()));
@@ -111,7 +107,7 @@ impl GatewayArgs {
             .as_ref()
             .map(PathBuf::from)
             .or(from_config);
-        file.map(|file| read_token(&file)).transpose()
+        file.map(|file| first_token(&file)).transpose()
     }
 }
 
@@ -159,31 +155,16 @@ fn check_address(address: &str) -> Result<(), &'static str> {
     }
 }
 
-fn read_token(file: &Path) -> Result<String, Failure> {
-    let told = |why: String| {
-        Failure::usage(format!(
-            "cannot use the token file {}: {why}",
-            file.display()
-        ))
-    };
-    let metadata = fs::metadata(file).map_err(|error| told(error.to_string()))?;
-    if metadata.len() > MAX_TOKEN_FILE_BYTES {
-        return Err(told(format!(
-            "it has {} bytes; a token is one line",
-            metadata.len()
-        )));
-    }
-    let text = fs::read_to_string(file).map_err(|error| told(error.to_string()))?;
-    // A gateway's own file may hold several tokens and comments; any of the tokens opens the door.
-    let mut lines = text.lines().map(str::trim);
-    lines
-        .find(|line| !line.is_empty() && !line.starts_with('#'))
-        .map(str::to_owned)
-        .ok_or_else(|| told("it holds no token".to_owned()))
+/// Any of the tokens opens the door; a gateway's own file may hold several.
+fn first_token(file: &Path) -> Result<String, Failure> {
+    let told = |error: TokenFileError| Failure::usage(error.to_string());
+    Ok(read_tokens(file).map_err(told)?.swap_remove(0))
 }
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::super::exit::Exit;
     use super::*;
 

@@ -4,7 +4,7 @@
 //! serves; the launcher then turns its output to a file and stays. A pipe that ends without it is a failed launch, and
 //! the launcher's exit status is the parent's.
 
-use std::fs::OpenOptions;
+use std::fs::{File, OpenOptions};
 use std::io::Write as _;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::OpenOptionsExt as _;
@@ -15,12 +15,12 @@ use nix::sys::signal::Signal;
 use tokio::io::AsyncReadExt as _;
 use tokio::net::unix::pipe::Receiver;
 use tokio::process::{Child, Command};
-use understudy_config::ClusterConfig;
 
 use super::pidfile::ProcessId;
-use super::signals::Signals;
+use super::rotate;
 use super::up::UpArgs;
 use crate::cli::exit::{Exit, Failure};
+use crate::cli::interrupt::Interrupt;
 
 /// "The cluster serves."
 const READY: u8 = 0x01;
@@ -36,7 +36,7 @@ pub fn output_file(run_dir: &Path) -> PathBuf {
 
 /// The parent's part.
 pub async fn start(args: &UpArgs) -> Result<Exit, Failure> {
-    let mut signals = Signals::listen()?;
+    let mut signals = Interrupt::or_hangup()?;
     let (reader, writer) = std::io::pipe().map_err(|error| failed("cannot make a pipe", error))?;
     let child = spawn(args, writer)
         .map_err(|error| failed("cannot start the launcher in the background", error))?;
@@ -57,7 +57,7 @@ pub async fn start(args: &UpArgs) -> Result<Exit, Failure> {
                 }
                 (None, None) => return Err(Failure::quiet(exit_of(child.wait().await?))),
             },
-            exit = signals.next() => {
+            exit = signals.wait() => {
                 interrupted = Some(exit);
                 if let Some(process) = process {
                     process.signal(Signal::SIGTERM).map_err(|error| failed("cannot stop the launcher", error))?;
@@ -134,19 +134,25 @@ pub fn leave_terminal() -> Result<(), Failure> {
         .map_err(|error| failed("cannot leave the terminal's session", error))
 }
 
-/// The launcher's part, when the cluster serves: lets the parent go, and writes to a file from here on.
-pub fn report_ready(config: &ClusterConfig) -> Result<(), Failure> {
-    let path = output_file(&config.cluster.run_dir);
-    let file = OpenOptions::new()
-        .append(true)
-        .create(true)
-        .mode(0o600)
-        .open(&path);
-    let file = file.map_err(|error| failed(&format!("cannot write {}", path.display()), error))?;
+/// The launcher's part, before anything is started: the file that it writes to later.
+pub fn open_output(run_dir: &Path) -> Result<File, Failure> {
+    let path = output_file(run_dir);
+    let opened = rotate::put_aside(&path).and_then(|()| {
+        OpenOptions::new()
+            .append(true)
+            .create(true)
+            .mode(0o600)
+            .open(&path)
+    });
+    opened.map_err(|error| failed(&format!("cannot write {}", path.display()), error))
+}
+
+/// The launcher's part, when the cluster serves: lets the parent go, and writes to the file from here on.
+pub fn report_ready(file: &File) -> Result<(), Failure> {
     let mut out = std::io::stdout().lock();
     // A parent that is gone needs no telling.
     let _ = out.write_all(&[READY]).and_then(|()| out.flush());
-    nix::unistd::dup2_stdout(&file)
-        .and_then(|()| nix::unistd::dup2_stderr(&file))
+    nix::unistd::dup2_stdout(file)
+        .and_then(|()| nix::unistd::dup2_stderr(file))
         .map_err(|error| failed("cannot turn the output to a file", error))
 }

@@ -6,9 +6,11 @@ use std::time::Duration;
 use clap::Args;
 use nix::sys::signal::Signal;
 
+use super::lock::{self, Attempt, Holder, LauncherLock, Purpose};
 use super::plan::{NodePlan, Place, Plan};
-use super::remote::{self, Ssh};
-use super::{lock, say};
+use super::remote::Site;
+use super::say;
+use super::ssh::Ssh;
 use crate::cli::exit::{Exit, Failure};
 
 /// Beyond the graces of the nodes, gateways first and then the others.
@@ -25,8 +27,9 @@ pub struct DownArgs {
 /// Runs the command. That nothing ran is no failure.
 pub async fn down(args: DownArgs) -> Result<Exit, Failure> {
     let plan = Plan::load(args.config.as_deref())?;
-    let launcher_stopped = stop_launcher(&plan).await?;
-    let mut stopped = launcher_stopped;
+    let mut stopped = stop_launcher(&plan).await?;
+    // Held until the end, so that no launch begins in the middle of it.
+    let _lock = keep_launchers_off(&plan).await?;
     let mut failures = Vec::new();
     // A launcher that was told to stop has stopped these; one that was killed has not.
     for node in &plan.nodes {
@@ -50,26 +53,60 @@ pub async fn down(args: DownArgs) -> Result<Exit, Failure> {
 
 async fn stop_launcher(plan: &Plan) -> Result<bool, Failure> {
     let run_dir = plan.run_dir();
-    let Some(launcher) = lock::holder(run_dir) else {
+    let Some(Holder { process, purpose }) = lock::holder(run_dir).await else {
         return Ok(false);
     };
+    let limit = 2 * plan.grace() + MARGIN;
+    if purpose == Purpose::Down {
+        say(format!("Waiting for another `down` (pid {})", process.pid));
+        lock::wait_free(run_dir, limit).await;
+        return Ok(false);
+    }
     say(format!(
         "Stopping cluster {} (launcher pid {})",
-        plan.config.cluster.name, launcher.pid
+        plan.config.cluster.name, process.pid
     ));
     let told = |error| {
         Failure::new(
             Exit::Failed,
-            format!("cannot stop the launcher (pid {}): {error}", launcher.pid),
+            format!("cannot stop the launcher (pid {}): {error}", process.pid),
         )
     };
-    launcher.signal(Signal::SIGTERM).map_err(told)?;
-    if !lock::wait_free(run_dir, 2 * plan.grace() + MARGIN).await {
+    process.signal(Signal::SIGTERM).map_err(told)?;
+    if !lock::wait_free(run_dir, limit).await {
         say("  the launcher does not end; killing it");
-        launcher.signal(Signal::SIGKILL).map_err(told)?;
+        process.signal(Signal::SIGKILL).map_err(told)?;
         lock::wait_free(run_dir, MARGIN).await;
     }
     Ok(true)
+}
+
+/// `None` where no launcher has ever been: without a run folder there is nothing to lock.
+async fn keep_launchers_off(plan: &Plan) -> Result<Option<LauncherLock>, Failure> {
+    let run_dir = plan.run_dir();
+    if !run_dir.exists() {
+        return Ok(None);
+    }
+    let attempt = lock::take(run_dir, Purpose::Down).await.map_err(|error| {
+        let message = format!("cannot use the run folder {}: {error}", run_dir.display());
+        Failure::new(Exit::Failed, message)
+    })?;
+    match attempt {
+        Attempt::Taken(lock) => Ok(Some(lock)),
+        Attempt::Held(holder) => {
+            let who = holder.map_or_else(
+                || "another process".to_owned(),
+                |holder| format!("another process (pid {})", holder.process.pid),
+            );
+            Err(Failure::new(
+                Exit::Failed,
+                format!(
+                    "{who} holds {}: another launch has begun; run `down` again to stop that",
+                    lock::path(run_dir).display()
+                ),
+            ))
+        }
+    }
 }
 
 /// Returns whether it ran.
@@ -90,7 +127,9 @@ async fn stop_node(plan: &Plan, node: &NodePlan) -> Result<bool, String> {
             graceful
         }
         Place::There { destination, dir } => {
-            remote::stop(&Ssh::from_environment(), plan, node, destination, dir).await?
+            let ssh = Ssh::from_environment();
+            let site = Site::find(&ssh, plan, node, destination, dir).await?;
+            site.stop(plan.grace()).await?
         }
     };
     match graceful {

@@ -9,10 +9,11 @@ use tokio::io::AsyncWriteExt as _;
 
 use super::detach;
 use super::plan::{Place, Plan};
-use super::remote::{self, Ssh};
+use super::remote::Site;
+use super::ssh::Ssh;
 use crate::cli::exit::{Exit, Failure};
 
-/// The name under which the launcher's own words are asked for, unless a node is called so.
+/// The name under which the launcher's own words are asked for. The configuration's check lets no node be called so.
 const LAUNCHER: &str = "launcher";
 
 /// Show the log of a node
@@ -35,7 +36,7 @@ pub struct LogsArgs {
 /// Runs the command.
 pub async fn logs(args: LogsArgs) -> Result<Exit, Failure> {
     let plan = Plan::load(args.config.as_deref())?;
-    if args.node == LAUNCHER && plan.config.node(LAUNCHER).is_none() {
+    if args.node == LAUNCHER {
         return show(detach::output_file(plan.run_dir()), &args);
     }
     let node = plan.node(&args.node)?;
@@ -47,10 +48,10 @@ pub async fn logs(args: LogsArgs) -> Result<Exit, Failure> {
             show(file.clone(), &args)
         }
         Place::There { destination, dir } => {
-            let what = (args.lines, args.follow);
             let ssh = Ssh::from_environment();
-            let found = remote::log_command(&ssh, &plan, node, destination, dir, what).await;
-            let (mut command, script) = found.map_err(|error| Failure::new(Exit::Failed, error))?;
+            let site = Site::find(&ssh, &plan, node, destination, dir).await;
+            let site = site.map_err(|error| Failure::new(Exit::Failed, error))?;
+            let (mut command, script) = site.log_command(args.lines, args.follow);
             let told = |error| Failure::new(Exit::Failed, format!("cannot run ssh: {error}"));
             // In our group, unlike the other calls: Ctrl-C is for it.
             let mut child = command

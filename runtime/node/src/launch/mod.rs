@@ -11,6 +11,7 @@
 mod cookie;
 mod detach;
 mod down;
+mod last_words;
 mod local;
 mod lock;
 mod logs;
@@ -21,11 +22,17 @@ mod ps;
 mod ready;
 mod remote;
 mod restart;
+mod rotate;
 mod sample;
 mod scripts;
-mod signals;
+mod shell;
+mod ssh;
 mod supervise;
 mod up;
+mod words;
+
+#[cfg(test)]
+mod scripts_test;
 
 pub use down::{DownArgs, down};
 pub use logs::{LogsArgs, logs};

@@ -24,6 +24,13 @@ pub struct ProcessId {
     pub start_ticks: u64,
 }
 
+impl std::fmt::Display for ProcessId {
+    /// As in a pid file.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} {}", self.pid, self.start_ticks)
+    }
+}
+
 /// What of `/proc/<pid>/stat` matters here.
 struct Stat {
     state: char,
@@ -134,12 +141,30 @@ impl PidFile {
         parse(&text).filter(|process| process.is_alive())
     }
 
+    /// Takes the room for a new version, before there is a process to write down: a full disk is found out while nothing
+    /// has to be undone. The present version stays until [`Draft::commit`].
+    pub fn draft(&self) -> io::Result<Draft> {
+        let told = |error: io::Error| {
+            io::Error::new(
+                error.kind(),
+                format!("cannot write {}: {error}", self.0.display()),
+            )
+        };
+        let temporary = temporary(&self.0);
+        let file = create_private(&temporary).map_err(told)?;
+        let draft = Draft {
+            file,
+            temporary,
+            path: self.0.clone(),
+        };
+        draft.fill("").map_err(told)?;
+        Ok(draft)
+    }
+
     /// Writes it so that a reader finds the old content or the new one, never half.
+    #[cfg(test)]
     pub fn write(&self, process: ProcessId) -> io::Result<()> {
-        write_private(
-            &self.0,
-            &format!("{} {}\n", process.pid, process.start_ticks),
-        )
+        self.draft()?.commit(process)
     }
 
     /// Removes it; it need not be there.
@@ -148,7 +173,47 @@ impl PidFile {
     }
 }
 
-fn parse(text: &str) -> Option<ProcessId> {
+/// A new version of a pid file, of its full length, that does not bear its name yet.
+#[derive(Debug)]
+pub struct Draft {
+    file: fs::File,
+    temporary: PathBuf,
+    path: PathBuf,
+}
+
+impl Draft {
+    /// Room for the longest pid and the longest time; the rest is blanks, which readers skip.
+    const LENGTH: usize = 48;
+
+    /// Fills in the process, and puts the new version in the place of the old one.
+    pub fn commit(self, process: ProcessId) -> io::Result<()> {
+        self.fill(&process.to_string())
+            .and_then(|()| fs::rename(&self.temporary, &self.path))
+            .map_err(|error| {
+                io::Error::new(
+                    error.kind(),
+                    format!("cannot write {}: {error}", self.path.display()),
+                )
+            })
+    }
+
+    fn fill(&self, text: &str) -> io::Result<()> {
+        use std::os::unix::fs::FileExt as _;
+        let line = format!("{text:<width$}\n", width = Self::LENGTH - 1);
+        self.file.write_all_at(line.as_bytes(), 0)?;
+        self.file.sync_all()
+    }
+}
+
+impl Drop for Draft {
+    fn drop(&mut self) {
+        // Gone already when it was put in place.
+        let _ = fs::remove_file(&self.temporary);
+    }
+}
+
+/// Reads `<pid> <start ticks>`, whatever the blanks.
+pub fn parse(text: &str) -> Option<ProcessId> {
     let mut words = text.split_ascii_whitespace();
     let process = ProcessId {
         pid: words.next()?.parse().ok()?,
@@ -159,24 +224,32 @@ fn parse(text: &str) -> Option<ProcessId> {
 
 /// Writes a file with mode 0600 under another name, syncs it and renames it into place.
 pub fn write_private(path: &Path, text: &str) -> io::Result<()> {
-    let mut name = path.file_name().unwrap_or_default().to_owned();
-    name.push(format!(".{}.new", std::process::id()));
-    let temporary = path.with_file_name(name);
-    // A leftover of a process that had our pid.
-    let _ = fs::remove_file(&temporary);
-    let mut file = fs::OpenOptions::new()
-        .write(true)
-        .create_new(true)
-        .mode(0o600)
-        .open(&temporary)?;
-    let written = file
-        .write_all(text.as_bytes())
-        .and_then(|()| file.sync_all())
-        .and_then(|()| fs::rename(&temporary, path));
+    let temporary = temporary(path);
+    let written = create_private(&temporary).and_then(|mut file| {
+        file.write_all(text.as_bytes())
+            .and_then(|()| file.sync_all())
+            .and_then(|()| fs::rename(&temporary, path))
+    });
     if written.is_err() {
         let _ = fs::remove_file(&temporary);
     }
     written
+}
+
+fn temporary(path: &Path) -> PathBuf {
+    let mut name = path.file_name().unwrap_or_default().to_owned();
+    name.push(format!(".{}.new", std::process::id()));
+    path.with_file_name(name)
+}
+
+fn create_private(path: &Path) -> io::Result<fs::File> {
+    // A leftover of a process that had our pid.
+    let _ = fs::remove_file(path);
+    fs::OpenOptions::new()
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .open(path)
 }
 
 #[cfg(test)]
@@ -230,6 +303,31 @@ mod tests {
         file.remove();
     }
 
+    #[test]
+    fn a_draft_keeps_the_old_version_until_it_is_done() {
+        let folder = folder("drafts");
+        let file = PidFile(folder.join("a.pid"));
+        let me = ProcessId::of(std::process::id()).expect("this process runs");
+        file.write(me).expect("written");
+        drop(file.draft().expect("room"));
+        assert_eq!(file.running(), Some(me));
+        let length = || fs::metadata(&file.0).expect("there").len();
+        let before = length();
+        file.draft()
+            .and_then(|draft| draft.commit(me))
+            .expect("written");
+        assert_eq!((file.running(), length()), (Some(me), before));
+        assert_eq!(fs::read_dir(&folder).expect("listed").count(), 1);
+
+        let nowhere = PidFile(folder.join("none/b.pid"));
+        let error = nowhere.draft().expect_err("no folder").to_string();
+        assert!(
+            error.contains(&format!("cannot write {}", nowhere.0.display())),
+            "{error}"
+        );
+        fs::remove_dir_all(&folder).expect("removed");
+    }
+
     #[tokio::test]
     async fn stop_ends_a_process_that_ignores_sigterm_and_its_group() {
         let mut child = Command::new("sh")
@@ -249,9 +347,13 @@ mod tests {
             .expect("signals are allowed");
         assert!(!process.is_alive());
         reaper.join().expect("joined").expect("reaped");
-        assert!(!group_has_members(
-            i32::try_from(process.pid).expect("fits")
-        ));
+        // SIGKILL is obeyed when the kernel next runs the process.
+        let group = i32::try_from(process.pid).expect("fits");
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while group_has_members(group) {
+            assert!(Instant::now() < deadline, "a member of the group is left");
+            tokio::time::sleep(POLL_INTERVAL).await;
+        }
     }
 
     #[test]

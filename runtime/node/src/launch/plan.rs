@@ -115,6 +115,13 @@ impl Plan {
         }
     }
 
+    /// Who starts nodes of this plan on other machines: this machine, and the run folder, of which one launcher has the
+    /// lock. A later launch with the same owner is the heir of one that was killed.
+    pub fn owner(&self) -> String {
+        let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+        format!("{} {}", host.trim(), self.run_dir().display())
+    }
+
     /// Time between SIGTERM and SIGKILL for a node.
     pub fn grace(&self) -> Duration {
         Duration::from_millis(self.config.gateway.shutdown_grace_ms) + STOP_MARGIN
@@ -140,7 +147,8 @@ fn installation_of(binary: &Path) -> Option<&Path> {
     }
 }
 
-fn default_config() -> PathBuf {
+/// The configuration that is used where none is named.
+pub fn default_config() -> PathBuf {
     installation().join(DEFAULT_CONFIG)
 }
 
@@ -148,7 +156,11 @@ fn default_config() -> PathBuf {
 /// the same as here, so that the relative paths in the file keep their meaning; a file from outside the installation
 /// goes into the installation's folder itself. The name is another one, so that nothing under version control changes.
 pub fn remote_config_path(file: &Path, installation: &Path, cluster: &str) -> PathBuf {
-    let inside = file.strip_prefix(installation).ok().and_then(Path::parent);
+    // Either may have been reached through a symbolic link. The file's own link is left alone: relative paths in a file
+    // start from where it was found.
+    let real = |path: &Path| path.canonicalize().unwrap_or_else(|_| path.to_owned());
+    let folder = file.parent().map(real).unwrap_or_default();
+    let inside = folder.strip_prefix(real(installation));
     inside
         .unwrap_or(Path::new(""))
         .join(format!(".launched-{cluster}.toml"))
@@ -182,5 +194,23 @@ mod tests {
             path("/etc/understudy/cluster.toml"),
             Path::new(".launched-prod.toml")
         );
+    }
+
+    #[test]
+    fn an_installation_behind_a_link_is_recognised() {
+        let root = std::env::temp_dir().join(format!("understudy-plan-{}", std::process::id()));
+        std::fs::create_dir_all(root.join("real/config")).expect("a temporary folder");
+        std::os::unix::fs::symlink(root.join("real"), root.join("link")).expect("linked");
+        for (file, installation) in [("link", "real"), ("real", "link")] {
+            assert_eq!(
+                remote_config_path(
+                    &root.join(file).join("config/c.toml"),
+                    &root.join(installation),
+                    "x"
+                ),
+                Path::new("config/.launched-x.toml")
+            );
+        }
+        std::fs::remove_dir_all(&root).expect("removed");
     }
 }

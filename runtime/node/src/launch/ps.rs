@@ -4,9 +4,11 @@ use std::path::PathBuf;
 
 use clap::Args;
 
+use super::lock::{self, Holder, Purpose};
 use super::plan::{NodePlan, Place, Plan};
-use super::remote::{self, Ssh};
-use super::{lock, say};
+use super::remote::Site;
+use super::say;
+use super::ssh::Ssh;
 use crate::cli::exit::{Exit, Failure};
 
 /// Show which node processes of a cluster run, without asking the cluster
@@ -20,11 +22,13 @@ pub struct PsArgs {
 /// Runs the command: one line for the launcher, one for each node. Fails when a node does not run.
 pub async fn ps(args: PsArgs) -> Result<Exit, Failure> {
     let plan = Plan::load(args.config.as_deref())?;
-    let launcher = lock::holder(plan.run_dir());
-    let launcher = launcher.map_or_else(
-        || "not running".to_owned(),
-        |process| format!("pid {}", process.pid),
-    );
+    let launcher = match lock::holder(plan.run_dir()).await {
+        None => "not running".to_owned(),
+        Some(Holder { process, purpose }) => match purpose {
+            Purpose::Launch => format!("pid {}", process.pid),
+            Purpose::Down => format!("being stopped by `down` (pid {})", process.pid),
+        },
+    };
     say(format!("{:<16} {:<24} {launcher}", "(launcher)", "here"));
     let ssh = Ssh::from_environment();
     let mut all_run = true;
@@ -49,8 +53,12 @@ async fn look(ssh: &Ssh, plan: &Plan, node: &NodePlan) -> (String, String) {
             shown(plan.pid_file(node).running().map(|process| process.pid)),
         ),
         Place::There { destination, dir } => {
-            let pid = remote::running(ssh, plan, node, destination, dir).await;
-            (destination.clone(), pid.map_or_else(|error| error, shown))
+            let pid = async {
+                let site = Site::find(ssh, plan, node, destination, dir).await?;
+                site.running().await
+            };
+            let state = pid.await.map_or_else(|error| error, shown);
+            (destination.clone(), state)
         }
     }
 }

@@ -28,7 +28,37 @@ pub enum Readiness {
     /// What is still missing, one phrase each.
     Waiting(Vec<String>),
     /// It will not become ready by waiting.
-    Failed(String),
+    Failed(NotReady),
+}
+
+/// Why a cluster does not become ready, for a person.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NotReady {
+    pub why: String,
+    /// The node whose log says more.
+    pub node: Option<String>,
+}
+
+impl NotReady {
+    fn new(why: String) -> Self {
+        Self { why, node: None }
+    }
+}
+
+/// What a program that the dynamic linker gave up on exits with.
+const NOT_LOADED: &str = "exit status: 127";
+
+/// An engine's end as a person understands it.
+fn explained(error: &str) -> &str {
+    let is_whole = |(at, _): (usize, &str)| {
+        !error[at + NOT_LOADED.len()..].starts_with(|next: char| next.is_ascii_digit())
+    };
+    if error.match_indices(NOT_LOADED).any(is_whole) {
+        "the engine's libraries could not be loaded (LibTorch moved, removed or of another version): run \
+         scripts/setup.sh; details in the node's log"
+    } else {
+        error
+    }
 }
 
 /// Judges a gateway's status.
@@ -63,10 +93,14 @@ pub fn judge(status: &ClusterStatus, nodes: &[&str], placement: &[Placement]) ->
         let error = replica
             .workers
             .iter()
-            .find_map(|worker| worker.last_error.as_deref());
+            .find_map(|worker| worker.last_error.as_deref())
+            .map(explained);
         match (replica.state.as_str(), error) {
             ("down", Some(error)) => {
-                return Readiness::Failed(format!("{what} cannot start: {error}"));
+                return Readiness::Failed(NotReady {
+                    why: format!("{what} cannot start: {error}"),
+                    node: Some(place.node.clone()),
+                });
             }
             (state, Some(error)) => {
                 missing.push(format!("{what} is in state {state} after: {error}"))
@@ -96,7 +130,7 @@ pub fn options(token: Option<String>) -> Options {
 ///
 /// # Errors
 /// What stands in the way, for a person, when it cannot become ready or has not in time.
-pub async fn wait(config: &ClusterConfig, token: Option<&str>) -> Result<(), String> {
+pub async fn wait(config: &ClusterConfig, token: Option<&str>) -> Result<(), NotReady> {
     let begun = Instant::now();
     let limit = Duration::from_millis(config.failure_detector.engine_start_timeout_ms) + MARGIN;
     let nodes: Vec<&str> = config.nodes.iter().map(|node| node.name.as_str()).collect();
@@ -130,11 +164,11 @@ pub async fn wait(config: &ClusterConfig, token: Option<&str>) -> Result<(), Str
             return Ok(());
         }
         if begun.elapsed() > limit {
-            return Err(format!(
+            return Err(NotReady::new(format!(
                 "not ready after {} s: {}",
                 limit.as_secs(),
                 missing.join("; ")
-            ));
+            )));
         }
         progress.show(&missing);
         tokio::time::sleep(POLL_INTERVAL).await;
@@ -153,9 +187,8 @@ impl Gateway {
             Err(error) => {
                 self.client = None;
                 match error.code() {
-                    Some(code) if !code.is_retriable() => Readiness::Failed(format!(
-                        "gateway {} at {} refuses: {error}",
-                        self.name, self.address
+                    Some(code) if !code.is_retriable() => Readiness::Failed(NotReady::new(
+                        format!("gateway {} at {} refuses: {error}", self.name, self.address),
                     )),
                     _ => Readiness::Waiting(vec![format!(
                         "gateway {} does not answer yet",
@@ -319,7 +352,19 @@ mod tests {
         );
         assert_eq!(
             failed,
-            Readiness::Failed("replica m/0 on b cannot start: no weights".into())
+            Readiness::Failed(NotReady {
+                why: "replica m/0 on b cannot start: no weights".into(),
+                node: Some("b".into()),
+            })
         );
+    }
+
+    #[test]
+    fn an_engine_without_its_libraries_says_what_to_do() {
+        let ended = "the engine ended: exit status: 127";
+        assert!(explained(ended).contains("run scripts/setup.sh"));
+        for other in ["exit status: 1", "exit status: 1270", "no weights"] {
+            assert_eq!(explained(other), other);
+        }
     }
 }

@@ -12,8 +12,39 @@ pub const INTENSITY: usize = 5;
 pub const PERIOD: Duration = Duration::from_secs(60);
 /// Wait before the first restart in a row; doubled each time.
 const BACKOFF_INITIAL: Duration = Duration::from_millis(100);
-/// Longest wait.
-const BACKOFF_MAX: Duration = Duration::from_secs(5);
+/// Longest wait, and the one between tries that only the disk stops.
+pub const BACKOFF_MAX: Duration = Duration::from_secs(5);
+
+/// Why a node process could not be started, for a person.
+#[derive(Debug, thiserror::Error)]
+#[error("{why}")]
+pub struct StartError {
+    pub why: String,
+    /// The disk is at fault, and not the node: it is tried again for as long as it takes (see [`BACKOFF_MAX`]), and does
+    /// not count as a restart.
+    pub may_pass: bool,
+    /// The node may run all the same, where it cannot be reached.
+    pub in_doubt: bool,
+}
+
+impl StartError {
+    pub fn new(why: impl Into<String>) -> Self {
+        Self {
+            why: why.into(),
+            may_pass: false,
+            in_doubt: false,
+        }
+    }
+
+    /// A file that cannot be written, or a process that cannot be run.
+    pub fn from_io(error: &std::io::Error) -> Self {
+        use std::io::ErrorKind::{QuotaExceeded, StorageFull};
+        Self {
+            may_pass: matches!(error.kind(), StorageFull | QuotaExceeded),
+            ..Self::new(error.to_string())
+        }
+    }
+}
 
 /// The restarts of one node.
 #[derive(Debug, Default)]

@@ -7,6 +7,7 @@ use understudy_config::ClusterConfig;
 
 use super::ready;
 use crate::cli::exit::{Exit, Failure};
+use crate::cli::output::without_controls;
 
 const QUESTION: &str = "Count from 1 to 20.";
 /// For models that know no chat.
@@ -105,7 +106,7 @@ fn figures(tokens: u32, first: Duration, all: Duration) -> String {
 fn print(text: &str) {
     use std::io::Write as _;
     let mut out = std::io::stdout().lock();
-    let safe = text.replace(|c: char| c.is_control() && c != '\n', "\u{fffd}");
+    let safe = without_controls(text);
     let _ = out.write_all(safe.as_bytes()).and_then(|()| out.flush());
 }
 

@@ -1,36 +1,26 @@
-//! The shell scripts that run on other machines: POSIX sh and coreutils, nothing of ours.
+//! The shell scripts that run on other machines: POSIX sh and coreutils, nothing of ours. A script is one `{ … }` group,
+//! so that a connection that breaks in the middle runs none of it.
 
 use std::path::Path;
 use std::time::Duration;
 
+use super::rotate::MAX_LOG_BYTES;
+use super::shell::{quote, quote_path};
+
 /// Exit status of [`watch`] when the process has ended.
 pub const GONE: i32 = 44;
+/// Exit status of [`Start`] when a file cannot be written. Then nothing runs.
+pub const WRITE_FAILED: i32 = 45;
 /// Answers of [`stop`].
 pub const STOPPED: &str = "stopped";
 pub const KILLED: &str = "killed";
 pub const NOT_RUNNING: &str = "not running";
 
-/// A word for the shell, whatever it holds.
-pub fn quote(text: &str) -> String {
-    format!("'{}'", text.replace('\'', "'\\''"))
-}
-
-/// A path as a person would write it: quoted only where it must be.
-pub fn shown(path: &Path) -> String {
-    let text = path.to_string_lossy();
-    let plain = |c: char| c.is_alphanumeric() || "/._-+,:@%".contains(c);
-    if text.chars().all(plain) {
-        text.into_owned()
-    } else {
-        quote(&text)
-    }
-}
-
-fn quote_path(path: &Path) -> String {
-    quote(&path.to_string_lossy())
-}
-
-/// `alive PID TICKS`: whether that very process runs. `ticks PID` prints when it began. See `ProcessId` for the fields.
+/// - `ticks PID` prints when that process began; `alive PID TICKS`: whether that very process runs. See `ProcessId` for
+///   the fields.
+/// - `end PID TICKS TENTHS`: SIGTERM, and after so many tenths of a second SIGKILL to the process group. Sets `answer` to
+///   [`STOPPED`] or [`KILLED`]; fails when the process runs all the same.
+/// - `put FILE TEXT`: a private file, replaced whole; what stands in the way is on standard error.
 const FUNCTIONS: &str = r#"
 ticks() {
     stat=$(cat "/proc/$1/stat" 2>/dev/null) || return 1
@@ -40,11 +30,28 @@ ticks() {
     shift 19
     echo "$1"
 }
-alive() { [ -n "$1" ] && [ "$(ticks "$1")" = "$2" ]; }
+alive() { [ -n "$1" ] && [ -n "$2" ] && [ "$(ticks "$1")" = "$2" ]; }
+end() {
+    answer=stopped
+    kill -s TERM -- "$1" 2>/dev/null || :
+    left=$3
+    while alive "$1" "$2" && [ "$left" -gt 0 ]; do sleep 0.1; left=$((left - 1)); done
+    if alive "$1" "$2"; then answer=killed; fi
+    kill -s KILL -- "-$1" 2>/dev/null || :
+    left=50
+    while alive "$1" "$2" && [ "$left" -gt 0 ]; do sleep 0.1; left=$((left - 1)); done
+    ! alive "$1" "$2"
+}
+put() {
+    if printf '%s' "$2" > "$1.new.$$" && mv -f "$1.new.$$" "$1"; then return 0; fi
+    rm -f "$1.new.$$"
+    echo "cannot write $1 on $(uname -n): is its disk full?" >&2
+    return 1
+}
 "#;
 
 /// One group, so that a half-received script does nothing.
-fn group(body: &str) -> String {
+pub fn group(body: &str) -> String {
     format!("{{\nset -u\numask 077\n{FUNCTIONS}\n{body}\nexit 0\n}}\n")
 }
 
@@ -68,41 +75,62 @@ pub struct Start<'a> {
     pub binary: &'a Path,
     pub config: &'a Path,
     pub config_text: &'a str,
-    pub cookie: &'a Path,
-    pub cookie_text: &'a str,
+    /// Files that only the node's user may read, with their texts.
+    pub secrets: &'a [(&'a Path, &'a str)],
     pub run_dir: &'a Path,
     pub pid_file: &'a Path,
+    /// Stands beside the pid file, as `<node>.owner`. A node that runs with another owner is left alone, one with the same is replaced.
+    pub owner: &'a str,
     pub output: &'a Path,
     pub name: &'a str,
+    /// For the node that is replaced.
+    pub grace: Duration,
 }
 
 impl Start<'_> {
     /// Prints pid and start ticks. Files are private and replaced whole.
     pub fn script(&self) -> String {
         let folder = |path: &Path| quote_path(path.parent().unwrap_or(Path::new("/")));
+        let secrets: String = self
+            .secrets
+            .iter()
+            .map(|(path, text)| {
+                let (folder, path) = (folder(path), quote_path(path));
+                format!(
+                    "mkdir -p {folder}\nput {path} {} || exit {WRITE_FAILED}\n",
+                    quote(text)
+                )
+            })
+            .collect();
         group(&format!(
             r#"set -e
 pid_file={pid_file}
+owner_file=${{pid_file%.pid}}.owner
+owner={owner}
+output={output}
 if {{ read -r pid began < "$pid_file"; }} 2>/dev/null && alive "$pid" "$began"; then
-    echo "it runs on $(uname -n) already (pid $pid), from another launch; \`understudy down\` with the same configuration stops it" >&2
-    exit 43
+    if [ "$(cat "$owner_file" 2>/dev/null)" != "$owner" ]; then
+        echo "it runs on $(uname -n) already (pid $pid), from another launch; \`understudy down\` with the same configuration stops it" >&2
+        exit 43
+    fi
+    end "$pid" "$began" {tenths} || {{ echo "it runs on $(uname -n) already, and cannot be stopped (pid $pid)" >&2; exit 46; }}
+    rm -f "$pid_file"
 fi
-mkdir -p {run_dir} {config_folder} {cookie_folder}
-put() {{ printf '%s' "$2" > "$1.new.$$"; mv -f "$1.new.$$" "$1"; }}
-put {cookie} {cookie_text}
-put {config} {config_text}
-setsid {binary} node --config {config} --name {name} </dev/null >>{output} 2>&1 &
+mkdir -p {run_dir} {config_folder}
+if [ -f "$output" ] && [ "$(wc -c < "$output")" -gt {MAX_LOG_BYTES} ]; then mv -f "$output" "$output.1"; fi
+put "$owner_file" "$owner" || exit {WRITE_FAILED}
+{secrets}put {config} {config_text} || exit {WRITE_FAILED}
+setsid {binary} node --config {config} --name {name} </dev/null >>"$output" 2>&1 &
 pid=$!
 began=$(ticks "$pid") || began=0
 put "$pid_file" "$pid $began
-"
+" || {{ kill -s KILL -- "-$pid" "$pid" 2>/dev/null || :; exit {WRITE_FAILED}; }}
 echo "$pid $began""#,
             pid_file = quote_path(self.pid_file),
+            owner = quote(self.owner),
+            tenths = tenths(self.grace),
             run_dir = quote_path(self.run_dir),
             config_folder = folder(self.config),
-            cookie_folder = folder(self.cookie),
-            cookie = quote_path(self.cookie),
-            cookie_text = quote(self.cookie_text),
             config = quote_path(self.config),
             config_text = quote(self.config_text),
             binary = quote_path(self.binary),
@@ -110,6 +138,10 @@ echo "$pid $began""#,
             output = quote_path(self.output),
         ))
     }
+}
+
+fn tenths(grace: Duration) -> u128 {
+    grace.as_millis() / 100
 }
 
 /// Prints an empty line a second while the process runs (which also ends the script when the connection is gone), then
@@ -128,24 +160,26 @@ pub fn running(pid_file: &Path) -> String {
     ))
 }
 
-/// SIGTERM, then SIGKILL to the process group after `grace`. Prints [`STOPPED`], [`KILLED`] or [`NOT_RUNNING`].
-pub fn stop(pid_file: &Path, grace: Duration) -> String {
+/// SIGTERM, then SIGKILL to the process group after `grace`, for what the pid file names; with an `owner`, only if it is
+/// that one's. Prints [`STOPPED`], [`KILLED`] or [`NOT_RUNNING`].
+pub fn stop(pid_file: &Path, grace: Duration, owner: Option<&str>) -> String {
+    let others = owner.map_or_else(String::new, |owner| {
+        format!(
+            r#"[ "$(cat "$owner_file" 2>/dev/null)" = {} ] || {{ echo '{NOT_RUNNING}'; exit 0; }}
+"#,
+            quote(owner)
+        )
+    });
     group(&format!(
         r#"pid_file={pid_file}
-{{ read -r pid began < "$pid_file"; }} 2>/dev/null || {{ echo '{NOT_RUNNING}'; exit 0; }}
-if ! alive "$pid" "$began"; then rm -f "$pid_file"; echo '{NOT_RUNNING}'; exit 0; fi
-answer={STOPPED}
-kill -s TERM -- "$pid" 2>/dev/null
-left={tenths}
-while alive "$pid" "$began" && [ "$left" -gt 0 ]; do sleep 0.1; left=$((left - 1)); done
-if alive "$pid" "$began"; then answer={KILLED}; fi
-kill -s KILL -- "-$pid" 2>/dev/null
-left=50
-while alive "$pid" "$began" && [ "$left" -gt 0 ]; do sleep 0.1; left=$((left - 1)); done
-rm -f "$pid_file"
+owner_file=${{pid_file%.pid}}.owner
+{others}{{ read -r pid began < "$pid_file"; }} 2>/dev/null || {{ echo '{NOT_RUNNING}'; exit 0; }}
+if ! alive "$pid" "$began"; then rm -f "$pid_file" "$owner_file"; echo '{NOT_RUNNING}'; exit 0; fi
+end "$pid" "$began" {tenths} || {{ echo "it cannot be killed on $(uname -n) (pid $pid)" >&2; exit 46; }}
+rm -f "$pid_file" "$owner_file"
 echo "$answer""#,
         pid_file = quote_path(pid_file),
-        tenths = grace.as_millis() / 100,
+        tenths = tenths(grace),
     ))
 }
 
@@ -162,170 +196,4 @@ pub fn tail(file: &Path, count: usize, follow: bool) -> String {
 pub fn parse_process(line: &str) -> Option<(u32, u64)> {
     let (pid, ticks) = line.trim().split_once(' ')?;
     Some((pid.parse().ok()?, ticks.parse().ok()?))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use std::fs;
-    use std::io::Write as _;
-    use std::process::{Command, Stdio};
-
-    /// Runs a script as the other side would; exit status, standard output, standard error.
-    fn sh(script: &str) -> (i32, String, String) {
-        // A script that hangs fails its test with `timeout`'s own status.
-        let mut child = Command::new("timeout")
-            .args(["20", "sh", "-s"])
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()
-            .expect("sh");
-        child
-            .stdin
-            .take()
-            .expect("piped")
-            .write_all(script.as_bytes())
-            .expect("taken");
-        let done = child.wait_with_output().expect("ended");
-        let text = |bytes| String::from_utf8(bytes).expect("utf-8");
-        (
-            done.status.code().unwrap_or(-1),
-            text(done.stdout),
-            text(done.stderr),
-        )
-    }
-
-    fn folder(name: &str) -> std::path::PathBuf {
-        let path = std::env::temp_dir().join(format!(
-            "understudy-scripts-{}-{name} it's",
-            std::process::id()
-        ));
-        fs::create_dir_all(path.join("bin")).expect("a temporary folder");
-        path
-    }
-
-    fn program(path: &Path, text: &str) {
-        use std::os::unix::fs::PermissionsExt as _;
-        fs::write(path, text).expect("written");
-        fs::set_permissions(path, fs::Permissions::from_mode(0o755)).expect("set");
-    }
-
-    #[test]
-    fn the_installation_is_found_or_its_lack_is_explained() {
-        let root = folder("find");
-        let (code, _, error) = sh(&find_installation(&root.to_string_lossy()));
-        assert_eq!(code, 42);
-        assert!(
-            error.contains("no target/release/understudy or bin/understudy"),
-            "{error}"
-        );
-        program(&root.join("bin/understudy"), "#!/bin/sh\n");
-        let (code, out, _) = sh(&find_installation(&root.to_string_lossy()));
-        assert_eq!(
-            (code, out),
-            (
-                0,
-                format!(
-                    "{}\nbin/understudy\n",
-                    root.canonicalize().expect("there").display()
-                )
-            )
-        );
-        let (code, _, error) = sh(&find_installation("/nowhere/it's"));
-        assert_eq!(code, 41);
-        assert!(
-            error.contains("there is no folder /nowhere/it's"),
-            "{error}"
-        );
-        fs::remove_dir_all(&root).expect("removed");
-    }
-
-    #[test]
-    fn a_node_is_started_seen_and_stopped() {
-        let root = folder("start");
-        let binary = root.join("bin/understudy");
-        // Says what it was called with, and ignores the first signal.
-        program(
-            &binary,
-            "#!/bin/sh\necho \"$@\"\ntrap '' TERM\nwhile :; do sleep 0.05; done\n",
-        );
-        let start = Start {
-            binary: &binary,
-            config: &root.join("config/.launched-x.toml"),
-            config_text: "# it's\nkey = \"$HOME `x`\"\n",
-            cookie: &root.join("run/cookie"),
-            cookie_text: "secret\n",
-            run_dir: &root.join("run"),
-            pid_file: &root.join("run/a.pid"),
-            output: &root.join("run/a.log"),
-            name: "a",
-        };
-        let (code, out, error) = sh(&start.script());
-        assert_eq!((code, error.as_str()), (0, ""));
-        let (pid, ticks) = parse_process(&out).expect("pid and ticks");
-        assert_eq!(
-            super::super::pidfile::PidFile(start.pid_file.to_owned()).running(),
-            Some(super::super::pidfile::ProcessId {
-                pid,
-                start_ticks: ticks
-            }),
-            "both sides read the same file"
-        );
-        assert_eq!(
-            fs::read_to_string(start.config).expect("copied"),
-            start.config_text
-        );
-        assert_eq!(
-            fs::read_to_string(start.cookie).expect("copied"),
-            "secret\n"
-        );
-        use std::os::unix::fs::PermissionsExt as _;
-        assert_eq!(
-            fs::metadata(start.cookie)
-                .expect("there")
-                .permissions()
-                .mode()
-                & 0o777,
-            0o600
-        );
-
-        assert_eq!(sh(&running(start.pid_file)).1, format!("{pid} {ticks}\n"));
-        let (code, _, error) = sh(&start.script());
-        assert_eq!(code, 43, "a second start is refused");
-        assert!(error.contains(&format!("already (pid {pid})")), "{error}");
-
-        let (_, out, _) = sh(&stop(start.pid_file, Duration::from_millis(200)));
-        assert_eq!(out.trim(), KILLED);
-        assert_eq!(sh(&watch(pid, ticks)).0, GONE);
-        assert_eq!(sh(&running(start.pid_file)).1, "");
-        assert_eq!(
-            sh(&stop(start.pid_file, Duration::ZERO)).1.trim(),
-            NOT_RUNNING
-        );
-        let (_, out, _) = sh(&tail(start.output, 1, false));
-        assert_eq!(
-            out.trim(),
-            format!("node --config {} --name a", start.config.display())
-        );
-        fs::remove_dir_all(&root).expect("removed");
-    }
-
-    #[test]
-    fn half_a_script_does_nothing() {
-        let root = folder("half");
-        let marker = root.join("marker");
-        let whole = group(&format!("touch {}\n", quote_path(&marker)));
-        sh(&whole[..whole.len() - 3]);
-        assert!(!marker.exists());
-        sh(&whole);
-        assert!(marker.exists());
-        fs::remove_dir_all(&root).expect("removed");
-    }
-
-    #[test]
-    fn paths_are_quoted_where_they_must_be() {
-        assert_eq!(shown(Path::new("/opt/a-b_c.toml")), "/opt/a-b_c.toml");
-        assert_eq!(shown(Path::new("/opt/it's here")), "'/opt/it'\\''s here'");
-    }
 }

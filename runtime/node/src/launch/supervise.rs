@@ -11,15 +11,17 @@ use std::time::{Duration, Instant};
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 
-use super::local::{LocalNode, length, tail};
+use super::detach;
+use super::last_words::LastWords;
+use super::local::LocalNode;
 use super::plan::{NodePlan, Place, Plan};
-use super::remote::{RemoteNode, Ssh};
-use super::restart::History;
+use super::remote::{HURRIED_TIMEOUT, RemoteNode, Site};
+use super::restart::{BACKOFF_MAX, History, StartError};
+use super::rotate;
+use super::ssh::Ssh;
 
 /// Events that wait for the person's terminal; the tasks wait when it is slower.
 const MAX_EVENTS: usize = 64;
-/// Log lines shown with the end of a node.
-const TAIL_LINES: usize = 12;
 
 /// How far the stopping has come; it only ever goes forwards.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -44,6 +46,12 @@ pub enum Event {
     },
     /// Anything else worth a line.
     Note { node: String, text: String },
+    /// A node process may go on running, because the machine that it runs on did not confirm its end.
+    NotStopped {
+        node: String,
+        destination: String,
+        why: String,
+    },
 }
 
 /// What follows the end of a node process.
@@ -69,6 +77,10 @@ pub struct Supervisor {
     events: mpsc::Receiver<Event>,
     gateways: JoinSet<()>,
     others: JoinSet<()>,
+    /// Nodes that may go on running.
+    not_stopped: Vec<String>,
+    /// Keeps the logs small, for as long as this lives.
+    _janitor: JoinSet<()>,
 }
 
 impl Supervisor {
@@ -89,25 +101,43 @@ impl Supervisor {
                 stage: stage.subscribe(),
                 stop_at,
                 events: sender.clone(),
-                begins: [0; 2],
+                last_words: LastWords::from_now(&means.plan, node),
+                in_doubt: None,
             };
             tasks.spawn(keeper.run());
         }
+        let mut janitor = JoinSet::new();
+        janitor.spawn(rotate::keep_small(logs(&means.plan)));
         Self {
             stage,
             events,
             gateways,
             others,
+            not_stopped: Vec::new(),
+            _janitor: janitor,
         }
     }
 
     /// The next event; `None` when every node has been given up.
     pub async fn event(&mut self) -> Option<Event> {
-        self.events.recv().await
+        let event = self.events.recv().await?;
+        self.remember(&event);
+        Some(event)
     }
 
-    /// Stops every node; when `hurry` is done, by SIGKILL. Returns when none is left.
-    pub async fn stop(mut self, hurry: impl Future<Output = ()>, mut tell: impl FnMut(Event)) {
+    fn remember(&mut self, event: &Event) {
+        if let Event::NotStopped { node, .. } = event {
+            self.not_stopped.push(node.clone());
+        }
+    }
+
+    /// Stops every node; when `hurry` is done, by SIGKILL. Returns when none is left, with the names of those of which
+    /// that is not known.
+    pub async fn stop(
+        mut self,
+        hurry: impl Future<Output = ()>,
+        mut tell: impl FnMut(Event),
+    ) -> Vec<String> {
         self.stage.send_replace(Stage::StopGateways);
         let mut hurry = std::pin::pin!(hurry);
         let mut hurried = false;
@@ -115,8 +145,11 @@ impl Supervisor {
             tokio::select! {
                 // None when the last task has ended: each holds a sender.
                 event = self.events.recv() => match event {
-                    Some(event) => tell(event),
-                    None => return,
+                    Some(event) => {
+                        self.remember(&event);
+                        tell(event);
+                    }
+                    None => return self.not_stopped,
                 },
                 ended = self.gateways.join_next(), if !self.gateways.is_empty() => drop(ended),
                 ended = self.others.join_next(), if !self.others.is_empty() => drop(ended),
@@ -133,6 +166,17 @@ impl Supervisor {
     }
 }
 
+/// What the nodes of this machine and a detached launcher write.
+fn logs(plan: &Plan) -> Vec<PathBuf> {
+    let here = plan.nodes.iter().filter(|node| node.place == Place::Here);
+    let mut logs: Vec<PathBuf> = here
+        .flat_map(|node| [plan.output_file(node), plan.log_file(node)])
+        .collect();
+    logs.push(detach::output_file(plan.run_dir()));
+    logs.dedup();
+    logs
+}
+
 fn advance(stage: &mut Stage, to: Stage) -> bool {
     let forwards = *stage < to;
     *stage = to.max(*stage);
@@ -146,8 +190,9 @@ struct Keeper {
     stage: watch::Receiver<Stage>,
     stop_at: Stage,
     events: mpsc::Sender<Event>,
-    /// Lengths of its output and its log when it was last started: what stands before them is of earlier runs.
-    begins: [u64; 2],
+    last_words: LastWords,
+    /// Where it may run although its start failed.
+    in_doubt: Option<Site>,
 }
 
 enum Running {
@@ -157,25 +202,42 @@ enum Running {
 
 impl Keeper {
     async fn run(mut self) {
+        self.keep().await;
+        // The last word on a start that could not be undone when it failed.
+        if let Some(site) = self.in_doubt.take()
+            && let Err(why) = site.undo(HURRIED_TIMEOUT).await
+        {
+            self.tell_not_stopped(site.destination, why).await;
+        }
+    }
+
+    async fn keep(&mut self) {
         let mut history = History::default();
+        let mut told = String::new();
         while !self.is_told_to_stop() {
+            let mut may_pass = false;
             let how = match self.start().await {
-                Ok(running) => match self.watch(running).await {
+                Ok(None) => return,
+                Ok(Some(running)) => match self.watch(running).await {
                     Some(how) => how,
                     None => return,
                 },
-                Err(error) => error,
+                Err(error) => {
+                    may_pass = error.may_pass;
+                    error.why
+                }
             };
-            let wait = history.after_end(Instant::now(), fastrand::f64());
-            let next = wait.map_or(Next::GiveUp, Next::Restart);
-            let last_lines = self.last_lines().await;
-            self.tell(Event::Ended {
-                node: self.node.name.clone(),
-                how,
-                last_lines,
-                next,
-            })
-            .await;
+            let wait = if may_pass {
+                Some(BACKOFF_MAX)
+            } else {
+                history.after_end(Instant::now(), fastrand::f64())
+            };
+            // A disk that stays full is told once.
+            if !may_pass || told != how {
+                told.clone_from(&how);
+                self.tell_end(how, wait.map_or(Next::GiveUp, Next::Restart))
+                    .await;
+            }
             let Some(wait) = wait else { return };
             tokio::select! {
                 () = tokio::time::sleep(wait) => {}
@@ -184,22 +246,50 @@ impl Keeper {
         }
     }
 
-    /// Not cut short by a stop: a node that has just started elsewhere must be known to be stopped.
-    async fn start(&mut self) -> Result<Running, String> {
-        self.begins = self.files().map(|file| length(&file));
+    async fn tell_end(&mut self, how: String, next: Next) {
+        let means = Arc::clone(&self.means);
+        let last_lines = tokio::select! {
+            lines = self.last_words.lines(&means.ssh, &means.plan, &self.node) => lines,
+            // Whoever stops a cluster does not wait for that.
+            () = reached(&mut self.stage, self.stop_at) => Vec::new(),
+        };
+        self.tell(Event::Ended {
+            node: self.node.name.clone(),
+            how,
+            last_lines,
+            next,
+        })
+        .await;
+    }
+
+    /// `None` when it has been told to stop, and nothing runs or what may run has been told.
+    ///
+    /// Once a machine has been asked to start the node, a stop does not cut that short: a node that has just started
+    /// elsewhere must be known to be stopped. Only the haste of a second signal does, and then the start is undone.
+    async fn start(&mut self) -> Result<Option<Running>, StartError> {
+        let means = Arc::clone(&self.means);
+        let plan = &means.plan;
+        self.last_words = LastWords::from_now(plan, &self.node);
         let running = match &self.node.place {
-            Place::Here => LocalNode::start(&self.means.plan, &self.node, &self.means.binary)
+            Place::Here => LocalNode::start(plan, &self.node, &means.binary)
                 .map(Running::Here)
-                .map_err(|error| error.to_string())?,
-            Place::There { destination, dir } => RemoteNode::start(
-                &self.means.ssh,
-                &self.means.plan,
-                &self.node,
-                destination,
-                dir,
-            )
-            .await
-            .map(Running::There)?,
+                .map_err(|error| StartError::from_io(&error))?,
+            Place::There { destination, dir } => {
+                let site = tokio::select! {
+                    found = Site::find(&means.ssh, plan, &self.node, destination, dir) => found.map_err(StartError::new)?,
+                    () = reached(&mut self.stage, self.stop_at) => return Ok(None),
+                };
+                let started = tokio::select! {
+                    started = site.start(plan) => started,
+                    () = reached(&mut self.stage, Stage::KillAll) => {
+                        self.in_doubt = Some(site);
+                        return Ok(None);
+                    }
+                };
+                let in_doubt = started.as_ref().is_err_and(|error| error.in_doubt);
+                self.in_doubt = in_doubt.then_some(site);
+                Running::There(started?)
+            }
         };
         let text = match &running {
             Running::Here(node) => format!("started (pid {})", node.pid()),
@@ -212,7 +302,7 @@ impl Keeper {
             text,
         })
         .await;
-        Ok(running)
+        Ok(Some(running))
     }
 
     /// Until it ends by itself (then how), or has been stopped.
@@ -239,14 +329,21 @@ impl Keeper {
         }
         let grace = self.means.plan.grace();
         let hurry = reached(&mut self.stage, Stage::KillAll);
-        let graceful = match running {
-            Running::Here(node) => node.stop(grace, hurry).await,
-            Running::There(node) => node.stop(grace, hurry).await,
+        let stopped = match running {
+            Running::Here(node) => Ok(node.stop(grace, hurry).await),
+            Running::There(node) => {
+                let destination = node.destination().to_owned();
+                let stopped = node.stop(grace, hurry).await;
+                stopped.map_err(|why| (destination, why))
+            }
         };
-        let text = if graceful {
-            "stopped"
-        } else {
-            "did not stop in time and was killed"
+        let text = match stopped {
+            Ok(true) => "stopped",
+            Ok(false) => "did not stop in time and was killed",
+            Err((destination, why)) => {
+                self.tell_not_stopped(destination, why).await;
+                return None;
+            }
         };
         self.tell(Event::Note {
             node: self.node.name.clone(),
@@ -256,36 +353,13 @@ impl Keeper {
         None
     }
 
-    async fn last_lines(&self) -> Vec<String> {
-        match &self.node.place {
-            Place::Here => {
-                let [output, log] = self.files();
-                let lines = tail(&output, self.begins[0], TAIL_LINES);
-                if lines.is_empty() {
-                    tail(&log, self.begins[1], TAIL_LINES)
-                } else {
-                    lines
-                }
-            }
-            Place::There { destination, dir } => {
-                super::remote::tail(
-                    &self.means.ssh,
-                    &self.means.plan,
-                    &self.node,
-                    destination,
-                    dir,
-                    TAIL_LINES,
-                )
-                .await
-            }
-        }
-    }
-
-    fn files(&self) -> [PathBuf; 2] {
-        [
-            self.means.plan.output_file(&self.node),
-            self.means.plan.log_file(&self.node),
-        ]
+    async fn tell_not_stopped(&self, destination: String, why: String) {
+        self.tell(Event::NotStopped {
+            node: self.node.name.clone(),
+            destination,
+            why,
+        })
+        .await;
     }
 
     fn is_told_to_stop(&self) -> bool {

@@ -1,19 +1,23 @@
 //! `understudy up`: start, wait, prove, supervise, stop.
 
+use std::collections::HashSet;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Instant, SystemTime};
 
 use clap::Args;
-use understudy_config::{ClusterConfig, LoadOptions, PathCheck};
+use understudy_config::{ClusterConfig, LoadOptions, PathCheck, TokenFileError, read_tokens};
 
-use super::lock::{self, Attempt, LauncherLock};
+use super::last_words::{LastWords, quoted};
+use super::lock::{self, Attempt, Holder, LauncherLock, Purpose};
 use super::plan::{Place, Plan};
-use super::remote::Ssh;
-use super::signals::Signals;
-use super::supervise::{Event, Means, Next, Supervisor};
+use super::ready::NotReady;
+use super::ssh::Ssh;
+use super::supervise::{Event, Means, Supervisor};
+use super::words::{Hint, clock, describe, heading, hint, hints};
 use super::{cookie, detach, ports, ready, sample, say};
 use crate::cli::exit::{Exit, Failure};
+use crate::cli::interrupt::Interrupt;
 
 /// Start a whole cluster, wait until it serves, and keep it running until Ctrl-C
 #[derive(Debug, Clone, Default, Args)]
@@ -30,6 +34,9 @@ pub struct UpArgs {
     /// Set by --detach for the process that stays.
     #[arg(long, hide = true)]
     pub background: bool,
+    /// Only fail if the cluster runs already; start nothing.
+    #[arg(long, hide = true, conflicts_with = "detach")]
+    pub if_free: bool,
     /// Program to start in place of this one for the nodes of this machine.
     #[arg(long, hide = true, value_name = "PROGRAM")]
     pub node_binary: Option<PathBuf>,
@@ -40,53 +47,62 @@ pub struct UpArgs {
 
 /// Runs the command.
 pub async fn up(args: UpArgs) -> Result<Exit, Failure> {
-    if args.detach && !args.background {
+    if args.if_free {
+        check_free(&args).await
+    } else if args.detach && !args.background {
         detach::start(&args).await
     } else {
         serve(&args).await
     }
 }
 
+/// For whoever would do something lengthy first, such as a build.
+async fn check_free(args: &UpArgs) -> Result<Exit, Failure> {
+    let plan = Plan::load(args.config.as_deref())?;
+    match lock::holder(plan.run_dir()).await {
+        Some(holder) => Err(already_runs(&plan, args, Some(holder))),
+        None => Ok(Exit::Ok),
+    }
+}
+
 async fn serve(args: &UpArgs) -> Result<Exit, Failure> {
-    let mut signals = Signals::listen()?;
+    let mut signals = Interrupt::or_hangup()?;
     if args.background {
         detach::leave_terminal()?;
     }
     let plan = Plan::load(args.config.as_deref())?;
-    let _lock = take_lock(&plan, args)?;
+    let _lock = take_lock(&plan, args).await?;
+    // Before a node is started: after that, an error has to stop them.
+    let output = match args.background {
+        true => Some(detach::open_output(plan.run_dir())?),
+        false => None,
+    };
     prepare(&plan).await?;
-    let token = read_token(&plan.config)?;
-    let config = plan.config.clone();
-    let binary = match &args.node_binary {
-        Some(program) => program.clone(),
-        None => std::env::current_exe().map_err(|error| {
-            Failure::new(
-                Exit::Failed,
-                format!("cannot find this program's own file: {error}"),
-            )
-        })?,
-    };
-    say(heading(&plan));
     let means = Arc::new(Means {
-        plan,
-        binary,
+        binary: node_binary(args)?,
         ssh: Ssh::from_environment(),
+        plan,
     });
+    let config = &means.plan.config;
+    let token = read_token(config)?;
+    say(heading(&means.plan));
     let mut supervisor = Supervisor::start(&means);
-    let up = tokio::select! {
-        up = bring_up(&mut supervisor, &config, token.as_deref(), !args.no_sample) => up,
-        exit = signals.next() => Err(Failure::quiet(exit)),
+    let mut up = tokio::select! {
+        up = bring_up(&mut supervisor, &means, token.as_deref(), !args.no_sample) => up,
+        exit = signals.wait() => Err(Failure::quiet(exit)),
     };
-    if let Err(failure) = up {
-        shut_down(supervisor, &mut signals).await;
-        return Err(failure);
+    if up.is_ok() {
+        say(hints(config, args));
+        if let Some(output) = &output {
+            up = detach::report_ready(output);
+        }
     }
-    say(hints(&config, args));
-    if args.background {
-        detach::report_ready(&config)?;
+    if let Err(failure) = up {
+        let stopped = shut_down(supervisor, &mut signals).await;
+        return Err(both(failure, stopped));
     }
     let all_given_up = supervise(&mut supervisor, &mut signals).await;
-    shut_down(supervisor, &mut signals).await;
+    shut_down(supervisor, &mut signals).await?;
     if all_given_up {
         let limit = super::restart::INTENSITY;
         return Err(Failure::new(
@@ -97,7 +113,31 @@ async fn serve(args: &UpArgs) -> Result<Exit, Failure> {
     Ok(Exit::Ok)
 }
 
-fn take_lock(plan: &Plan, args: &UpArgs) -> Result<LauncherLock, Failure> {
+fn node_binary(args: &UpArgs) -> Result<PathBuf, Failure> {
+    if let Some(program) = &args.node_binary {
+        return Ok(program.clone());
+    }
+    std::env::current_exe().map_err(|error| {
+        Failure::new(
+            Exit::Failed,
+            format!("cannot find this program's own file: {error}"),
+        )
+    })
+}
+
+/// A failure, and perhaps another one in the stopping that followed; processes that are left are never passed over.
+fn both(failure: Failure, stopped: Result<(), Failure>) -> Failure {
+    match stopped {
+        Ok(()) => failure,
+        Err(left) if failure.message.is_empty() => left,
+        Err(left) => Failure::new(
+            Exit::Failed,
+            format!("{}\n       {}", failure.message, left.message),
+        ),
+    }
+}
+
+async fn take_lock(plan: &Plan, args: &UpArgs) -> Result<LauncherLock, Failure> {
     let run_dir = plan.run_dir();
     let failed = |error| {
         Failure::new(
@@ -106,21 +146,37 @@ fn take_lock(plan: &Plan, args: &UpArgs) -> Result<LauncherLock, Failure> {
         )
     };
     cookie::private_folder(run_dir).map_err(failed)?;
-    match lock::take(run_dir).map_err(failed)? {
+    match lock::take(run_dir, Purpose::Launch).await.map_err(failed)? {
         Attempt::Taken(lock) => Ok(lock),
-        Attempt::Held(pid) => {
-            let by = pid.map_or_else(String::new, |pid| format!(" (launcher pid {pid})"));
-            let [status, stop] =
-                ["status", "down"].map(|command| hint(command, &plan.config, args));
-            Err(Failure::new(
-                Exit::Failed,
-                format!(
-                    "cluster {:?} is running here already{by}; look at it with `{status}`, stop it with `{stop}`",
-                    plan.config.cluster.name
-                ),
-            ))
-        }
+        Attempt::Held(holder) => Err(already_runs(plan, args, holder)),
     }
+}
+
+fn already_runs(plan: &Plan, args: &UpArgs, holder: Option<Holder>) -> Failure {
+    let name = &plan.config.cluster.name;
+    if let Some(Holder {
+        process,
+        purpose: Purpose::Down,
+    }) = holder
+    {
+        return Failure::new(
+            Exit::Failed,
+            format!(
+                "cluster {name:?} is being stopped here by `down` (pid {}); start it when that is done",
+                process.pid
+            ),
+        );
+    }
+    let by = holder.map_or_else(String::new, |holder| {
+        format!(" (launcher pid {})", holder.process.pid)
+    });
+    let [status, stop] = [Hint::Status, Hint::Down].map(|what| hint(what, &plan.config, args));
+    Failure::new(
+        Exit::Failed,
+        format!(
+            "cluster {name:?} is running here already{by}; look at it with `{status}`, stop it with `{stop}`"
+        ),
+    )
 }
 
 /// All that can be put right or found wrong before a process is started.
@@ -192,31 +248,34 @@ async fn stop_leftovers(plan: &Plan) -> Result<(), Failure> {
     Ok(())
 }
 
+/// For the looks and the sample; any of the tokens will do.
 fn read_token(config: &ClusterConfig) -> Result<Option<String>, Failure> {
-    let Some(file) = &config.gateway.token_file else {
-        return Ok(None);
-    };
-    let text = std::fs::read_to_string(file).map_err(|error| {
-        Failure::usage(format!(
-            "cannot read the token file {}: {error}",
-            file.display()
-        ))
-    })?;
-    Ok(Some(text.trim().to_owned()))
+    let told = |error: TokenFileError| Failure::usage(error.to_string());
+    let file = config.gateway.token_file.as_ref();
+    let tokens = file.map(|file| read_tokens(file)).transpose();
+    Ok(tokens
+        .map_err(told)?
+        .map(|mut tokens| tokens.swap_remove(0)))
 }
 
 /// Until the cluster serves. A node that ends before that has a reason that a restart does not take away.
 async fn bring_up(
     supervisor: &mut Supervisor,
-    config: &ClusterConfig,
+    means: &Means,
     token: Option<&str>,
     with_sample: bool,
 ) -> Result<(), Failure> {
     let begun = Instant::now();
+    let (plan, config) = (&means.plan, &means.plan.config);
+    let words: Vec<LastWords> = plan
+        .nodes
+        .iter()
+        .map(|node| LastWords::from_now(plan, node))
+        .collect();
     let prove = async {
-        ready::wait(config, token)
-            .await
-            .map_err(|why| Failure::new(Exit::Failed, why))?;
+        if let Err(not_ready) = ready::wait(config, token).await {
+            return Err(not_up(not_ready, means, &words).await);
+        }
         say(format!(
             "Ready after {:.1} s",
             begun.elapsed().as_secs_f64()
@@ -228,224 +287,105 @@ async fn bring_up(
         }
     };
     let mut prove = std::pin::pin!(prove);
+    // Not before every node has been started: one of an earlier launch, which is about to be replaced, looks ready.
+    let mut unstarted: HashSet<&str> = plan.nodes.iter().map(|node| node.name.as_str()).collect();
     loop {
         tokio::select! {
             biased;
             event = supervisor.event() => match event {
                 Some(Event::Ended { node, how, last_lines, .. }) => return Err(early_end(&node, &how, &last_lines)),
-                Some(event) => say(format!("  {}", describe(&event))),
+                Some(event) => {
+                    if let Event::Started { node, .. } = &event {
+                        unstarted.remove(node.as_str());
+                    }
+                    say(format!("  {}", describe(&event)));
+                }
                 None => return Err(Failure::new(Exit::Failed, "no node is left")),
             },
-            proved = &mut prove => return proved,
+            proved = &mut prove, if unstarted.is_empty() => return proved,
         }
     }
 }
 
+/// With the last lines of the log that says more.
+async fn not_up(not_ready: NotReady, means: &Means, words: &[LastWords]) -> Failure {
+    let NotReady { why, node } = not_ready;
+    let mut nodes = means.plan.nodes.iter().zip(words);
+    let Some((node, words)) = nodes.find(|(known, _)| Some(&known.name) == node.as_ref()) else {
+        return Failure::new(Exit::Failed, why);
+    };
+    let lines = words.lines(&means.ssh, &means.plan, node).await;
+    Failure::new(Exit::Failed, with_last_lines(why, &node.name, &lines))
+}
+
 fn early_end(node: &str, how: &str, last_lines: &[String]) -> Failure {
-    let mut text = format!("node {node} did not come up: {how}");
-    if !last_lines.is_empty() {
-        text.push_str("; the last lines of its log:");
-        last_lines
-            .iter()
-            .for_each(|line| text.push_str(&format!("\n  | {line}")));
+    let text = format!("node {node} did not come up: {how}");
+    Failure::new(Exit::Failed, with_last_lines(text, node, last_lines))
+}
+
+fn with_last_lines(mut text: String, node: &str, lines: &[String]) -> String {
+    if !lines.is_empty() {
+        text.push_str(&format!("; the last lines of the log of node {node}:"));
+        text.push_str(&quoted(lines));
     }
-    Failure::new(Exit::Failed, text)
+    text
 }
 
 /// Until a signal comes (`false`), or until every node has been given up (`true`).
-async fn supervise(supervisor: &mut Supervisor, signals: &mut Signals) -> bool {
+async fn supervise(supervisor: &mut Supervisor, signals: &mut Interrupt) -> bool {
     loop {
         tokio::select! {
             event = supervisor.event() => match event {
                 Some(event) => say(format!("{} {}", clock(SystemTime::now()), describe(&event))),
                 None => return true,
             },
-            _ = signals.next() => return false,
+            _ = signals.wait() => return false,
         }
     }
 }
 
-/// A second signal makes short work of it.
-async fn shut_down(supervisor: Supervisor, signals: &mut Signals) {
+/// A second signal makes short work of it. Fails when a node may go on running.
+async fn shut_down(supervisor: Supervisor, signals: &mut Interrupt) -> Result<(), Failure> {
     say("\nStopping the cluster (once more to kill it)");
     let hurry = async {
-        signals.next().await;
+        signals.wait().await;
     };
-    supervisor
+    let left = supervisor
         .stop(hurry, |event| say(format!("  {}", describe(&event))))
         .await;
-    say("Stopped");
-}
-
-fn describe(event: &Event) -> String {
-    match event {
-        Event::Started { node, text } | Event::Note { node, text } => {
-            format!("node {node}: {text}")
-        }
-        Event::Ended {
-            node,
-            how,
-            last_lines,
-            next,
-        } => {
-            let then = match next {
-                Next::Restart(wait) => format!("starting it again in {:.1} s", wait.as_secs_f64()),
-                Next::GiveUp => {
-                    "it ended too often and stays down; `down` and `up` start it again".to_owned()
-                }
-            };
-            let mut text = format!("node {node}: ended ({how}); {then}");
-            if matches!(next, Next::GiveUp) {
-                last_lines
-                    .iter()
-                    .for_each(|line| text.push_str(&format!("\n  | {line}")));
-            }
-            text
-        }
+    if left.is_empty() {
+        say("Stopped");
+        return Ok(());
     }
-}
-
-/// `14:03:59Z`
-fn clock(now: SystemTime) -> String {
-    let seconds = now
-        .duration_since(SystemTime::UNIX_EPOCH)
-        .unwrap_or(Duration::ZERO)
-        .as_secs()
-        % 86_400;
-    format!(
-        "{:02}:{:02}:{:02}Z",
-        seconds / 3600,
-        seconds / 60 % 60,
-        seconds % 60
-    )
-}
-
-fn heading(plan: &Plan) -> String {
-    let replicas: u32 = plan.config.models.iter().map(|model| model.replicas).sum();
-    let count = |number: usize, what: &str| {
-        format!("{number} {what}{}", if number == 1 { "" } else { "s" })
-    };
-    format!(
-        "Starting cluster {}: {}, {}, {} ({})",
-        plan.config.cluster.name,
-        count(plan.nodes.len(), "node"),
-        count(plan.config.models.len(), "model"),
-        count(usize::try_from(replicas).unwrap_or(usize::MAX), "replica"),
-        plan.config.file.display()
-    )
-}
-
-/// Where the cluster is reached, and what to do with it.
-fn hints(config: &ClusterConfig, args: &UpArgs) -> String {
-    let mut lines = Vec::new();
-    let mut add = |what: &str, text: String| lines.push(format!("  {what:<9} {text}"));
-    for node in &config.nodes {
-        if let Some(address) = node.client_address() {
-            add("clients", format!("{address}  (TCP, node {})", node.name));
-        }
-    }
-    for node in config.nodes.iter().filter(|_| config.metrics.enabled) {
-        if let Some(address) = node.metrics_address() {
-            add(
-                "metrics",
-                format!("http://{address}/metrics  (node {})", node.name),
-            );
-        }
-    }
-    let first = config
-        .nodes
-        .first()
-        .map_or("NODE", |node| node.name.as_str());
-    add("status", hint("status", config, args));
-    add("logs", hint(&format!("logs {first}"), config, args));
-    let stop = hint("down", config, args);
-    add(
-        "stop",
-        if args.background {
-            stop
-        } else {
-            format!("Ctrl-C, or {stop}")
-        },
-    );
-    format!("\n{}\n", lines.join("\n"))
-}
-
-/// A command line that does `command` with this cluster, as the person would write it.
-fn hint(command: &str, config: &ClusterConfig, args: &UpArgs) -> String {
-    let file = args
-        .config
-        .as_ref()
-        .map(|_| format!(" {}", super::scripts::shown(&config.file)));
-    let file = file.unwrap_or_default();
-    match &args.via {
-        Some(via) => format!("{via} {}{file}", command.replace("down", "stop")),
-        None if command == "status" && !file.is_empty() => {
-            format!("understudy status --config{file}")
-        }
-        None if command.starts_with("logs") && !file.is_empty() => {
-            format!("understudy {command} --config{file}")
-        }
-        None => format!("understudy {command}{file}"),
-    }
+    Err(Failure::new(
+        Exit::Failed,
+        format!(
+            "not stopped, and perhaps still running: {}; run `down` with the same configuration when their machines answer",
+            left.join(", ")
+        ),
+    ))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn config() -> ClusterConfig {
-        let text = "[[node]]\nname = \"a\"\ncluster_port = 7601\nclient_port = 7600\nmetrics_port = 7602\n\
-                    [[model]]\nname = \"m\"\npath = \"m\"\n";
-        let options = LoadOptions {
-            paths: PathCheck::None,
-        };
-        ClusterConfig::parse("/opt/c.toml", text, &options)
-            .expect("well formed")
-            .0
-    }
-
-    #[test]
-    fn hints_name_every_address_and_how_to_stop() {
-        let args = UpArgs {
-            config: Some("c.toml".into()),
-            ..UpArgs::default()
-        };
-        let text = hints(&config(), &args);
-        for part in [
-            "127.0.0.1:7600",
-            "http://127.0.0.1:7602/metrics",
-            "Ctrl-C, or understudy down /opt/c.toml",
-            "understudy logs a --config /opt/c.toml",
-            "understudy status --config /opt/c.toml",
-        ] {
-            assert!(text.contains(part), "{part:?} is not in {text}");
-        }
-        let via = UpArgs {
-            via: Some("./scripts/launch.sh".into()),
-            background: true,
-            ..UpArgs::default()
-        };
-        let text = hints(&config(), &via);
-        assert!(
-            text.contains("./scripts/launch.sh stop\n") && !text.contains("Ctrl-C"),
-            "{text}"
-        );
-    }
-
     #[test]
     fn an_early_end_shows_the_log() {
         let failure = early_end("b", "exit status 1", &["address in use".to_owned()]);
         assert_eq!(
             failure.message,
-            "node b did not come up: exit status 1; the last lines of its log:\n  | address in use"
+            "node b did not come up: exit status 1; the last lines of the log of node b:\n  | address in use"
         );
     }
 
     #[test]
-    fn the_clock_is_utc() {
-        assert_eq!(
-            clock(SystemTime::UNIX_EPOCH + Duration::from_secs(86_400 + 3_723)),
-            "01:02:03Z"
-        );
+    fn what_is_left_running_is_never_passed_over() {
+        let left = || Err(Failure::new(Exit::Failed, "left"));
+        let quiet = || Failure::quiet(Exit::Interrupted);
+        assert_eq!(both(quiet(), Ok(())), quiet());
+        assert_eq!(both(quiet(), left()).exit, Exit::Failed);
+        let both = both(Failure::usage("wrong"), left());
+        assert_eq!(both.message, "wrong\n       left");
     }
 }

@@ -1,7 +1,7 @@
 //! `understudy node`: one node of a cluster. The one place that knows every part and puts them together.
 
 use std::net::{SocketAddr, ToSocketAddrs};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 
@@ -15,18 +15,16 @@ use understudy_actors::node::{GatewayParts, NodeArgs as SupervisorArgs, NodeMsg,
 use understudy_cluster::{
     Cluster, ClusterSettings, Cookie, DetectorSettings, NodeName, PeerAddress, new_incarnation,
 };
-use understudy_config::{ClusterConfig, LoadOptions, NodeSettings, PathCheck, Role};
+use understudy_config::{ClusterConfig, LoadOptions, NodeSettings, PathCheck, Role, read_tokens};
 use understudy_protocol::handshake::AccessTokens;
 use understudy_telemetry::gauges::NodeInfo;
 use understudy_telemetry::{LogFormat, LogOptions};
 
+use crate::cli::env;
 use crate::cli::exit::Exit;
 
 /// Cluster events that wait for the cluster actor at most.
 const MAX_CLUSTER_EVENTS: usize = 1024;
-
-/// Names the engine program where it does not lie beside this one.
-const ENGINE_VARIABLE: &str = "UNDERSTUDY_ENGINE";
 
 /// The engine program's name, beside this program.
 const ENGINE_PROGRAM: &str = "understudy-engine";
@@ -166,25 +164,6 @@ async fn gateway_parts(
     })
 }
 
-/// One token a line; empty lines and lines that begin with `#` are skipped.
-fn read_tokens(file: &Path) -> anyhow::Result<Vec<String>> {
-    let text = std::fs::read_to_string(file)
-        .with_context(|| format!("gateway.token_file {}", file.display()))?;
-    let lines = text
-        .lines()
-        .map(str::trim)
-        .filter(|line| !line.is_empty() && !line.starts_with('#'));
-    let tokens: Vec<String> = lines.map(str::to_owned).collect();
-    if tokens.is_empty() {
-        // An empty list would mean that everybody may come in, which is hardly what a token file is for.
-        bail!(
-            "gateway.token_file {} holds no token: write one a line, or leave the key out",
-            file.display()
-        );
-    }
-    Ok(tokens)
-}
-
 fn cluster_settings(
     config: &ClusterConfig,
     node: &NodeSettings,
@@ -232,7 +211,7 @@ fn resolve(address: &str) -> anyhow::Result<SocketAddr> {
 }
 
 fn engine_program() -> anyhow::Result<PathBuf> {
-    if let Some(program) = std::env::var_os(ENGINE_VARIABLE) {
+    if let Some(program) = std::env::var_os(env::ENGINE) {
         return Ok(program.into());
     }
     let here = std::env::current_exe().context("where this program lies")?;

@@ -28,6 +28,13 @@ async fn every_request_is_measured() {
     assert_eq!((ran.status, ran.stderr.as_str()), (Some(0), ""));
     let report = &ran.json()[0];
     assert_eq!(
+        (
+            &report["settings"]["warmup"],
+            &report["settings"]["requests"]
+        ),
+        (&3.into(), &25.into())
+    );
+    assert_eq!(
         (&report["succeeded"], &report["failed"], &report["requests"]),
         (&25.into(), &0.into(), &25.into())
     );
@@ -68,6 +75,9 @@ async fn rates_and_durations_end_the_run() {
     assert!((50..=150).contains(&sent), "{sent}");
     assert_eq!(report["settings"]["rate"], 400.0);
     assert_eq!(report["settings"].get("concurrency"), None);
+    assert_eq!(report["settings"]["max_in_flight"], 4096);
+    assert_eq!(report["settings"]["duration_seconds"], 0.25);
+    assert_eq!(report["settings"].get("requests"), None);
 }
 
 #[tokio::test]

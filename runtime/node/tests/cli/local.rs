@@ -1,7 +1,7 @@
 //! Commands that need no cluster: `check`, `version`, and mistakes on the command line.
 
 use crate::generate::temporary;
-use crate::program::run_with;
+use crate::program::{run_with, understudy};
 
 fn profile() -> String {
     format!(
@@ -59,6 +59,20 @@ async fn check_reports_all_problems() {
     let ran = run_with(&["check", name]).await;
     assert_eq!(ran.status, Some(2));
     assert!(ran.stdout.contains(name), "{}", ran.stdout);
+}
+
+/// `understudy check FILE | head -1 || exit` in a script must not take a bad file for a good one.
+#[tokio::test]
+async fn check_fails_whether_or_not_anybody_reads_why() {
+    let file = temporary("unread.toml", "[cluster]\nnam = \"c\"\n");
+    let (reader, writer) = std::io::pipe().expect("a pipe");
+    drop(reader);
+    let mut command = understudy();
+    command.args(["check", "--no-paths"]).arg(&file);
+    let mut child = command.stdout(writer).spawn().expect("the program starts");
+    let status = child.wait().await.expect("it ends");
+    assert_eq!(status.code(), Some(2));
+    std::fs::remove_file(&file).expect("removed");
 }
 
 #[tokio::test]

@@ -157,14 +157,18 @@ impl BenchArgs {
 
     /// The settings as the report shows them.
     pub fn settings(&self) -> Settings {
-        let concurrency = match self.pace() {
-            Pace::Concurrency(streams) => Some(streams),
-            Pace::Rate { .. } => None,
+        let (concurrency, max_in_flight) = match self.pace() {
+            Pace::Concurrency(streams) => (Some(streams), None),
+            Pace::Rate { max_in_flight, .. } => (None, Some(max_in_flight)),
         };
         Settings {
             model: self.model.clone(),
             concurrency,
             rate: self.rate,
+            max_in_flight,
+            requests: self.request_limit(),
+            duration_seconds: self.duration.map(|time| time.as_secs_f64()),
+            warmup: self.warmup,
             connections: self.connection_count(),
             prompt_tokens: match self.prompt {
                 Some(_) => "text".to_owned(),
@@ -172,6 +176,8 @@ impl BenchArgs {
             },
             output_tokens: self.output_tokens.to_string(),
             ignore_eos: self.ignore_eos,
+            temperature: self.temperature,
+            deadline_ms: self.deadline_ms(),
             seed: self.seed,
         }
     }

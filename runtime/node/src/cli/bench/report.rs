@@ -22,11 +22,26 @@ pub struct Settings {
     /// Arrivals a second; absent with a fixed concurrency.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub rate: Option<f64>,
+    /// Arrivals beyond so many in flight are not sent; absent with a fixed concurrency.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_in_flight: Option<u32>,
+    /// Requests asked for; absent where only time limits them.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub requests: Option<u64>,
+    /// Time after which none is started; absent where only their number limits them.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub duration_seconds: Option<f64>,
+    /// Requests sent before measuring began.
+    pub warmup: u64,
     pub connections: u32,
     /// Such as `32` or `16..64`, or `text` for a given prompt.
     pub prompt_tokens: String,
     pub output_tokens: String,
     pub ignore_eos: bool,
+    pub temperature: f32,
+    /// Deadline of each request; absent where the gateway's default holds.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub deadline_ms: Option<u64>,
     pub seed: u64,
 }
 
@@ -186,8 +201,9 @@ impl Report {
             }
             writeln!(out)?;
         }
-        if !self.errors.is_empty() {
-            writeln!(out, "\nerrors")?;
+        if self.failed > 0 {
+            let not_all = format!("times and tokens leave {} failed out", self.failed);
+            writeln!(out, "\nerrors ({not_all})")?;
         }
         for error in &self.errors {
             writeln!(out, "  {} × {}: {}", error.count, error.code, error.example)?;
@@ -217,6 +233,10 @@ mod tests {
         record.add(Course::new(ms(0)).failed("overloaded", "too many streams: try again"));
         let settings = Settings {
             concurrency: Some(2),
+            requests: Some(2),
+            warmup: 1,
+            temperature: 0.5,
+            deadline_ms: Some(900),
             connections: 1,
             prompt_tokens: "4".to_owned(),
             output_tokens: "2".to_owned(),
@@ -232,7 +252,8 @@ mod tests {
         assert_eq!(
             json,
             concat!(
-                r#"{"settings":{"concurrency":2,"connections":1,"prompt_tokens":"4","output_tokens":"2","ignore_eos":false,"seed":1},"#,
+                r#"{"settings":{"concurrency":2,"requests":2,"warmup":1,"connections":1,"prompt_tokens":"4","output_tokens":"2","#,
+                r#""ignore_eos":false,"temperature":0.5,"deadline_ms":900,"seed":1},"#,
                 r#""interrupted":false,"wall_seconds":0.5,"requests":2,"succeeded":1,"failed":1,"requests_per_second":2.0,"#,
                 r#""prompt_tokens":4,"output_tokens":2,"output_tokens_per_second":4.0,"total_tokens_per_second":12.0,"#,
                 r#""ttft_ms":{"count":1,"mean":20.0,"p50":20.0,"p90":20.0,"p99":20.0,"max":20.0},"#,
@@ -251,6 +272,7 @@ mod tests {
             "1 ok, 1 failed",
             "4.0 output tokens/s",
             "first token          20.00     20.00",
+            "errors (times and tokens leave 1 failed out)",
             "1 × overloaded: too many streams",
         ] {
             assert!(table.contains(part), "{part:?} is missing in\n{table}");
