@@ -5,8 +5,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use ractor::{Actor, ActorProcessingErr, ActorRef, SupervisionEvent};
-use tokio::net::TcpListener;
+use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::time::Instant;
 use understudy_protocol::handshake::AccessTokens;
 use understudy_protocol::message::Limits;
 use understudy_protocol::{ErrorBody, ErrorCode};
@@ -14,13 +15,16 @@ use understudy_telemetry::record;
 
 use crate::admission::Admissions;
 use crate::request::Surroundings;
-use crate::session::{Session, SessionArgs, SessionMsg};
+use crate::session::{Session, SessionArgs, SessionMsg, turn_away};
 
 /// Pause after the system refused to give us a connection (it ran out of file descriptors, say).
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
+/// Connections beyond `max_connections` that are being told so. Further ones are closed without a word.
+const MAX_TURNED_AWAY: usize = 64;
+
 /// How long the sessions may take to stop, all together.
-const STOP_DEADLINE: Duration = Duration::from_secs(2);
+const STOP_DEADLINE: Duration = Duration::from_secs(3);
 
 /// What a client should wait before it tries a full gateway again, in milliseconds.
 const RETRY_AFTER_MS: u64 = 500;
@@ -70,9 +74,20 @@ impl GatewayShared {
     }
 
     /// Tells metrics how many connections there are.
-    pub fn count_connections(&self) {
+    fn count_connections(&self) {
         let free = self.connections.available_permits();
         record::connections(self.max_connections.saturating_sub(free));
+    }
+
+    fn full(&self) -> ErrorBody {
+        let message = format!(
+            "{} connections are open at this gateway, which is its limit; use another one, or fewer connections",
+            self.max_connections
+        );
+        ErrorBody {
+            retry_after_ms: Some(RETRY_AFTER_MS),
+            ..ErrorBody::new(ErrorCode::Overloaded, message)
+        }
     }
 
     pub fn in_flight(&self) -> usize {
@@ -81,14 +96,50 @@ impl GatewayShared {
     }
 }
 
+/// A connection's place among those of its gateway, until it is dropped.
+pub struct ConnectionPlace {
+    permit: Option<OwnedSemaphorePermit>,
+    shared: Arc<GatewayShared>,
+}
+
+impl ConnectionPlace {
+    /// None if all are taken.
+    pub fn take(shared: &Arc<GatewayShared>) -> Option<Self> {
+        let permit = shared.connections.clone().try_acquire_owned().ok()?;
+        shared.count_connections();
+        Some(Self {
+            permit: Some(permit),
+            shared: shared.clone(),
+        })
+    }
+}
+
+impl Drop for ConnectionPlace {
+    fn drop(&mut self) {
+        // First free, then counted.
+        self.permit = None;
+        self.shared.count_connections();
+    }
+}
+
+/// A connection that has just been accepted.
+pub struct Accepted {
+    socket: TcpStream,
+    peer: std::net::SocketAddr,
+    at: Instant,
+    place: ConnectionPlace,
+}
+
+impl std::fmt::Debug for Accepted {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Accepted({})", self.peer)
+    }
+}
+
 /// What a gateway is told.
 #[derive(Debug)]
 pub enum GatewayMsg {
-    Accepted(
-        tokio::net::TcpStream,
-        std::net::SocketAddr,
-        OwnedSemaphorePermit,
-    ),
+    Accepted(Accepted),
     /// Accept nobody and nothing more; what runs goes on.
     Close,
     /// Tell the clients that the node stops.
@@ -132,12 +183,18 @@ impl Actor for Gateway {
         state: &mut GatewayState,
     ) -> Result<(), ActorProcessingErr> {
         match message {
-            GatewayMsg::Accepted(socket, peer, permit) => {
+            GatewayMsg::Accepted(Accepted {
+                socket,
+                peer,
+                at,
+                place,
+            }) => {
                 let args = SessionArgs {
                     socket,
                     peer,
                     shared: state.shared.clone(),
-                    permit,
+                    accepted_at: at,
+                    place,
                 };
                 if let Err(error) = Actor::spawn_linked(None, Session, args, me.get_cell()).await {
                     tracing::debug!(client = %peer, %error, "session could not be started");
@@ -180,26 +237,40 @@ impl Actor for Gateway {
     }
 }
 
-/// Accepts connections while there are places; the others wait in the system's queue.
+/// Accepts connections. Those beyond the limit are told so, a bounded number of them at a time.
 async fn accept(listener: TcpListener, shared: Arc<GatewayShared>, gateway: ActorRef<GatewayMsg>) {
-    let places = shared.connections.clone();
+    let turned_away = Arc::new(Semaphore::new(MAX_TURNED_AWAY));
     loop {
-        let Ok(permit) = places.clone().acquire_owned().await else {
-            return;
-        };
-        match listener.accept().await {
-            Ok((socket, peer)) => {
-                shared.count_connections();
-                if gateway
-                    .cast(GatewayMsg::Accepted(socket, peer, permit))
-                    .is_err()
-                {
-                    return;
-                }
-            }
+        let (socket, peer) = match listener.accept().await {
+            Ok(accepted) => accepted,
             Err(error) => {
                 tracing::warn!(%error, "cannot accept a client connection");
                 tokio::time::sleep(ACCEPT_PAUSE).await;
+                continue;
+            }
+        };
+        let at = Instant::now();
+        match ConnectionPlace::take(&shared) {
+            Some(place) => {
+                let accepted = Accepted {
+                    socket,
+                    peer,
+                    at,
+                    place,
+                };
+                if gateway.cast(GatewayMsg::Accepted(accepted)).is_err() {
+                    return;
+                }
+            }
+            None => {
+                record::protocol_error(ErrorCode::Overloaded.as_str());
+                if let Ok(turn) = turned_away.clone().try_acquire_owned() {
+                    let (error, limit) = (shared.full(), shared.write_timeout);
+                    tokio::spawn(async move {
+                        turn_away(socket, error, limit).await;
+                        drop(turn);
+                    });
+                }
             }
         }
     }

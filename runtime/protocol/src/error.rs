@@ -1,4 +1,4 @@
-//! Error codes of the protocol: a closed set, each retriable or not.
+//! Error codes of the protocol, each retriable or not.
 
 use serde::{Deserialize, Serialize};
 
@@ -36,6 +36,10 @@ pub enum ErrorCode {
     ShuttingDown,
     /// A fault of the server.
     Internal,
+    /// A code that this version of the crate does not know; a server never sends it. The `retriable` of the message
+    /// says what to do.
+    #[serde(other)]
+    Unknown,
 }
 
 impl ErrorCode {
@@ -57,6 +61,7 @@ impl ErrorCode {
             Self::AttemptsExhausted => "attempts_exhausted",
             Self::ShuttingDown => "shutting_down",
             Self::Internal => "internal",
+            Self::Unknown => "unknown",
         }
     }
 
@@ -77,7 +82,8 @@ impl ErrorCode {
             | Self::InvalidRequest
             | Self::UnknownModel
             | Self::UnknownRequest
-            | Self::DeadlineExceeded => false,
+            | Self::DeadlineExceeded
+            | Self::Unknown => false,
         }
     }
 }

@@ -24,9 +24,6 @@ pub const HEADER_BYTES: usize = 4;
 /// Free room that [`FrameDecoder::buffer_mut`] provides for the next read.
 pub const READ_CHUNK_BYTES: usize = 16 * 1024;
 
-/// Largest frame where nothing else is configured, in bytes, without the length field.
-pub const DEFAULT_MAX_FRAME_BYTES: u32 = 1024 * 1024;
-
 /// Bytes that are no frame of this protocol. The stream cannot be read further.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum FrameError {

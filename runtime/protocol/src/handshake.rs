@@ -10,10 +10,11 @@
 //! ```
 //!
 //! Pure: no clock, no socket. The server asks [`ConnectionRules::receive`] what to do with each decoded message, and
-//! tells [`ConnectionRules::ended`] when it has sent a stream's terminal event.
+//! tells [`ConnectionRules::ended`] when it has sent a stream's terminal event, be it the one of a refusal.
 //!
-//! Invariant: nothing but `hello` is looked at before the token has been checked, and at most `max_streams` streams are
-//! known at any time.
+//! Invariant: nothing but `hello` is looked at before the token has been checked; at most `max_streams` streams are in
+//! flight at any time; and a number is busy from the message that names it until its terminal event has been sent, so
+//! that no terminal event can be taken for the one of a later stream.
 
 use std::collections::HashSet;
 
@@ -27,6 +28,10 @@ pub const MIN_PROTOCOL_VERSION: u32 = 1;
 /// Longest `client` text in a hello, in bytes.
 pub const MAX_CLIENT_NAME_BYTES: usize = 128;
 
+/// Largest frame before the welcome, in bytes: a hello with a long name and a long token fits many times. Nobody who
+/// has not shown a token makes a server hold more.
+pub const HANDSHAKE_FRAME_BYTES: usize = 4096;
+
 /// What the server does with a message.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Step {
@@ -36,7 +41,7 @@ pub enum Step {
     Deliver,
     /// Drop it: it is about a stream that has ended (which the client could not know yet) or never was.
     Ignore,
-    /// Answer with this error on this stream, which thereby has ended; the connection goes on.
+    /// Answer with this error on this stream, and call [`ConnectionRules::ended`] when it is sent; the connection goes on.
     Refuse { stream: u32, error: ErrorBody },
     /// Answer with this error without a stream, then close the connection.
     Close(ErrorBody),
@@ -56,6 +61,8 @@ pub struct ConnectionRules {
     tokens: AccessTokens,
     max_streams: usize,
     in_flight: HashSet<u32>,
+    /// Numbers whose refusal is on its way. As many as the server lets answers wait.
+    refused: HashSet<u32>,
 }
 
 impl ConnectionRules {
@@ -65,6 +72,7 @@ impl ConnectionRules {
             tokens,
             max_streams: limits.max_streams as usize,
             in_flight: HashSet::new(),
+            refused: HashSet::new(),
         }
     }
 
@@ -76,6 +84,21 @@ impl ConnectionRules {
     /// Whether the stream is in flight.
     pub fn is_in_flight(&self, stream: u32) -> bool {
         self.in_flight.contains(&stream)
+    }
+
+    /// Judges a `submit` on `stream` that is no good, for a reason that the rules do not know: `error` ends that stream
+    /// only, if the client might have begun it now.
+    pub fn refuse(&mut self, stream: u32, error: ErrorBody) -> Step {
+        let step = match self.state {
+            State::Opened => out_of_order("the first message must be hello"),
+            State::Closed => out_of_order("the connection has been closed"),
+            State::Greeted if self.is_busy(stream) => busy(stream),
+            State::Greeted => {
+                self.refused.insert(stream);
+                Step::Refuse { stream, error }
+            }
+        };
+        self.note(step)
     }
 
     /// Streams in flight.
@@ -107,15 +130,24 @@ impl ConnectionRules {
             }
             (State::Closed, _) => out_of_order("the connection has been closed"),
         };
+        self.note(step)
+    }
+
+    /// Notes that a stream's terminal event has been sent, so that its number may be used again.
+    pub fn ended(&mut self, stream: u32) {
+        self.in_flight.remove(&stream);
+        self.refused.remove(&stream);
+    }
+
+    fn note(&mut self, step: Step) -> Step {
         if matches!(step, Step::Close(_)) {
             self.state = State::Closed;
         }
         step
     }
 
-    /// Notes that a stream's terminal event has been sent, so that its number may be used again.
-    pub fn ended(&mut self, stream: u32) {
-        self.in_flight.remove(&stream);
+    fn is_busy(&self, stream: u32) -> bool {
+        self.in_flight.contains(&stream) || self.refused.contains(&stream)
     }
 
     fn greet(&mut self, version: u32, client: Option<&str>, token: Option<&str>) -> Step {
@@ -140,22 +172,19 @@ impl ConnectionRules {
     }
 
     fn open(&mut self, stream: u32) -> Step {
-        if self.in_flight.contains(&stream) {
-            return out_of_order(&format!(
-                "stream {stream} is in flight; use its number again after its terminal event"
-            ));
+        if self.is_busy(stream) {
+            return busy(stream);
         }
         if self.in_flight.len() >= self.max_streams {
             let max = self.max_streams;
-            return Step::Refuse {
-                stream,
-                error: ErrorBody::new(
-                    ErrorCode::Overloaded,
-                    format!(
-                        "connection has its {max} streams in flight; wait for one to end, or open another connection"
-                    ),
+            let error = ErrorBody::new(
+                ErrorCode::Overloaded,
+                format!(
+                    "connection has its {max} streams in flight; wait for one to end, or open another connection"
                 ),
-            };
+            );
+            self.refused.insert(stream);
+            return Step::Refuse { stream, error };
         }
         self.in_flight.insert(stream);
         Step::Deliver
@@ -218,6 +247,12 @@ fn equal_in_constant_time(known: &[u8], shown: &[u8]) -> bool {
         difference = std::hint::black_box(difference | (byte ^ other));
     }
     difference == 0
+}
+
+fn busy(stream: u32) -> Step {
+    out_of_order(&format!(
+        "stream {stream} is in flight; use its number again after its terminal event"
+    ))
 }
 
 fn out_of_order(message: &str) -> Step {
@@ -348,6 +383,54 @@ mod tests {
         assert_eq!(rules.receive(&submit(1)), Step::Deliver);
         assert_eq!(rules.streams(), 2);
         assert_eq!(code(rules.receive(&submit(2))), ErrorCode::OutOfOrder);
+    }
+
+    /// Until the error is sent. Otherwise the error would end, in the books, the stream that took its number over.
+    #[test]
+    fn a_refused_number_is_busy_until_its_error_is_sent() {
+        let greeted = || {
+            let mut rules = rules(&[], 1);
+            rules.receive(&hello(1, None));
+            rules
+        };
+        let bad = || ErrorBody::new(ErrorCode::InvalidRequest, "bad");
+        // A submit that cannot be read.
+        let mut rules = greeted();
+        assert!(matches!(rules.refuse(5, bad()), Step::Refuse { .. }));
+        assert_eq!(rules.streams(), 0, "it takes no place");
+        let credit = ClientMessage::Credit {
+            stream: 5,
+            tokens: 1,
+        };
+        assert_eq!(rules.receive(&credit), Step::Ignore);
+        rules.ended(5);
+        assert_eq!(rules.receive(&submit(5)), Step::Deliver);
+
+        let mut rules = greeted();
+        rules.refuse(5, bad());
+        assert_eq!(code(rules.receive(&submit(5))), ErrorCode::OutOfOrder);
+        let mut rules = greeted();
+        rules.refuse(5, bad());
+        assert_eq!(code(rules.refuse(5, bad())), ErrorCode::OutOfOrder);
+
+        // One too many.
+        let mut rules = greeted();
+        rules.receive(&submit(1));
+        assert!(matches!(rules.receive(&submit(2)), Step::Refuse { .. }));
+        rules.ended(1);
+        assert_eq!(code(rules.receive(&submit(2))), ErrorCode::OutOfOrder);
+    }
+
+    #[test]
+    fn a_bad_submit_ends_the_connection_where_a_good_one_would() {
+        let bad = || ErrorBody::new(ErrorCode::InvalidRequest, "bad");
+        let mut rules = rules(&[], 2);
+        assert_eq!(code(rules.refuse(1, bad())), ErrorCode::OutOfOrder);
+        let mut rules = self::rules(&[], 2);
+        rules.receive(&hello(1, None));
+        rules.receive(&submit(1));
+        assert_eq!(code(rules.refuse(1, bad())), ErrorCode::OutOfOrder);
+        assert!(!rules.is_greeted());
     }
 
     #[test]

@@ -8,6 +8,7 @@ pub mod handshake;
 pub mod id;
 pub mod message;
 pub mod scan;
+mod strict;
 mod wire;
 
 pub use codec::{EncodeError, decode_client, decode_server, encode, stream_of};

@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::ErrorBody;
 use crate::id::{Position, RequestId};
+use crate::strict;
 
 /// Client → server.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -55,8 +56,9 @@ pub struct Submit {
     /// Name of a deployed model; may be left out where the cluster serves one only.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub model: Option<String>,
+    #[serde(deserialize_with = "strict::map")]
     pub input: Input,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "strict::map")]
     pub sampling: Sampling,
     /// Text that ends the request when it appears in the output. At most 16 strings of at most 256 bytes.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
@@ -89,7 +91,7 @@ pub enum Input {
     /// Token ids, taken as they are. At least one.
     TokenIds(Vec<u32>),
     /// Messages, rendered by the model's chat template with the assistant's turn opened.
-    Messages(Vec<ChatMessage>),
+    Messages(#[serde(deserialize_with = "strict::maps")] Vec<ChatMessage>),
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -200,12 +202,13 @@ pub struct TopLogprob {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum FinishReason {
-    /// End-of-sequence, a stop id or a stop string.
-    Stop,
     /// `max_tokens`, or the context is full.
     Length,
     /// The client cancelled.
     Cancelled,
+    /// End-of-sequence, a stop id or a stop string; and any reason that this version of the crate does not know.
+    #[serde(other)]
+    Stop,
 }
 
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]

@@ -5,7 +5,7 @@
 //! memory in proportion to its own length.
 //!
 //! Invariant: the walk allocates nothing, ends after at most one step per byte, and accepts only a frame that is exactly
-//! one map, with strings as keys at every level, nested at most [`MAX_DEPTH`] deep, without extension types.
+//! one map, with strings as keys at every level, nested at most [`MAX_DEPTH`] deep, without binary or extension types.
 
 /// Deepest nesting of maps and arrays. The deepest message of version 1 (`status`) has 6.
 pub const MAX_DEPTH: usize = 16;
@@ -29,7 +29,7 @@ pub enum ScanError {
     TooDeep,
     #[error("the payload holds more than {0} strings, arrays and maps")]
     TooManyItems(usize),
-    #[error("the payload holds a reserved or extension type")]
+    #[error("the payload holds a binary, extension or reserved type")]
     UnknownMarker,
     #[error("a length is larger than the payload")]
     BadLength,
@@ -156,11 +156,6 @@ impl<'a> Cursor<'a> {
             0x90..=0x9f => self.array(usize::from(marker & 0x0f))?,
             0xa0..=0xbf => Value::Text(self.take(usize::from(marker & 0x1f))?),
             0xc0 | 0xc2 | 0xc3 | 0xe0..=0xff => Value::Other,
-            0xc4..=0xc6 => {
-                let len = self.length(1 << (marker - 0xc4))?;
-                self.take(len)?;
-                Value::Other
-            }
             0xca => self.scalar(4)?,
             0xcb => self.scalar(8)?,
             0xcc..=0xcf => Value::Unsigned(self.big_endian(1 << (marker - 0xcc))?),
@@ -177,8 +172,8 @@ impl<'a> Cursor<'a> {
                 let len = self.length(2 << (marker - 0xde))?;
                 self.map(len)?
             }
-            // Reserved (0xc1) and the extension types.
-            0xc1 | 0xc7..=0xc9 | 0xd4..=0xd8 => return Err(ScanError::UnknownMarker),
+            // Reserved (0xc1), binary, which a deserializer would take for text, and the extension types.
+            0xc1 | 0xc4..=0xc6 | 0xc7..=0xc9 | 0xd4..=0xd8 => return Err(ScanError::UnknownMarker),
         })
     }
 
@@ -270,7 +265,7 @@ mod tests {
 
     #[test]
     fn every_scalar_width_is_passed_in_full() {
-        let values: [&[u8]; 14] = [
+        let values: [&[u8]; 13] = [
             &[0xc0],
             &[0xc3],
             &[0xff],
@@ -281,7 +276,6 @@ mod tests {
             &[0xcf, 1, 2, 3, 4, 5, 6, 7, 8],
             &[0xd0, 1],
             &[0xd3, 1, 2, 3, 4, 5, 6, 7, 8],
-            &[0xc4, 1, 9],
             &[0xd9, 1, b'a'],
             &[0xdc, 0, 1, 0x00],
             &[0xdf, 0, 0, 0, 1, 0xa1, b'k', 0x90],
@@ -327,6 +321,7 @@ mod tests {
         assert_eq!(scan(&[0x80]), Err(ScanError::BadType));
         assert_eq!(scan(&around(&[0xc1])), Err(ScanError::UnknownMarker));
         assert_eq!(scan(&around(&[0xd4, 1, 1])), Err(ScanError::UnknownMarker));
+        assert_eq!(scan(&around(&[0xc4, 1, 9])), Err(ScanError::UnknownMarker));
         assert_eq!(scan(&around(&[0x81, 0x05, 0x05])), Err(ScanError::BadKey));
     }
 

@@ -102,10 +102,12 @@ fn numbers_of_the_page_are_those_of_the_code() {
         format!("# The client protocol, version {PROTOCOL_VERSION}"),
         format!("| `credit` | u32 | {} |", default_credit()),
         format!("At most {} bytes. |", handshake::MAX_CLIENT_NAME_BYTES),
+        "| payload of a frame before `hello` was read | 4,096 bytes |".to_owned(),
         format!("Nesting is limited to {} levels", scan::MAX_DEPTH),
         format!("| nesting of a message | {} |", scan::MAX_DEPTH),
         format!("in one message | {} |", scan::MAX_CLIENT_ITEMS),
     ];
+    assert_eq!(handshake::HANDSHAKE_FRAME_BYTES, 4096);
     for fact in facts {
         assert!(page.contains(&fact), "the page does not say {fact:?}");
     }

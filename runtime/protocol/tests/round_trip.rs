@@ -5,7 +5,7 @@ mod common;
 use common::Value;
 use fastrand::Rng;
 use understudy_protocol::message::*;
-use understudy_protocol::{ErrorBody, RequestId, decode_client, decode_server};
+use understudy_protocol::{ErrorBody, ErrorCode, RequestId, decode_client, decode_server};
 
 const SEED: u64 = 0x5eed_0002;
 const ROUNDS: u32 = 20_000;
@@ -271,13 +271,68 @@ fn a_mistyped_sampling_parameter_is_told() {
     assert!(error.message.contains("temprature"), "{}", error.message);
 }
 
+/// The library's deserializer would take each of these.
+#[test]
+fn arrays_for_maps_and_binary_for_text_are_refused() {
+    let submit = |input: &[u8], sampling: &[u8]| {
+        let start = b"\x84\xa4type\xa6submit\xa6stream\x01\xa5input";
+        let message = [start, input, b"\xa8sampling", sampling].concat();
+        decode_client(&message)
+    };
+    let prompt = b"\x81\xa6prompt\xa1x";
+    assert!(submit(prompt, b"\x80").is_ok());
+    let messages = b"\x81\xa8messages\x91\x82\xa4role\xa4user\xa7content\xa2hi";
+    assert!(submit(messages, b"\x80").is_ok());
+    let refused: [(&str, &[u8], &[u8], &str); 5] = [
+        ("input as an array", b"\x91\xa6prompt", b"\x80", "a map"),
+        ("input as text", b"\xa6prompt", b"\x80", "a map"),
+        (
+            "two inputs",
+            b"\x82\xa6prompt\xa1x\xa9token_ids\x91\x01",
+            b"\x80",
+            "one key",
+        ),
+        ("sampling as an array", prompt, b"\x91\xc0", "a map"),
+        (
+            "a message as an array",
+            b"\x81\xa8messages\x91\x92\xa4user\xa2hi",
+            b"\x80",
+            "a map",
+        ),
+    ];
+    for (what, input, sampling, said) in refused {
+        let error = submit(input, sampling).expect_err(what);
+        assert_eq!(error.code, ErrorCode::InvalidRequest, "{what}");
+        assert!(error.message.contains(said), "{what}: {}", error.message);
+    }
+    let binary = submit(b"\x81\xa6prompt\xc4\x01x", b"\x80").expect_err("binary");
+    assert_eq!(binary.code, ErrorCode::Malformed);
+}
+
+/// A newer server may say more than this crate knows.
+#[test]
+fn unknown_codes_and_reasons_are_taken() {
+    let error =
+        b"\x85\xa4type\xa5error\xa6stream\x01\xa4code\xa8too_warm\xa7message\xa1x\xa9retriable\xc3";
+    let Ok(ServerMessage::Error { error, .. }) = decode_server(error) else {
+        panic!("not taken");
+    };
+    assert_eq!(error.code, ErrorCode::Unknown);
+    assert!(error.retriable, "what the server says counts");
+    let finished = b"\x84\xa4type\xa8finished\xa6stream\x01\xadfinish_reason\xa5tired\xa5usage\x82\xadprompt_tokens\x01\xb1completion_tokens\x02";
+    let Ok(ServerMessage::Finished { finish_reason, .. }) = decode_server(finished) else {
+        panic!("not taken");
+    };
+    assert_eq!(finish_reason, FinishReason::Stop);
+}
+
 #[test]
 fn absent_options_are_not_written() {
     let mut keys = Vec::new();
     let message = ServerMessage::Error {
         stream: None,
         request: None,
-        error: ErrorBody::new(understudy_protocol::ErrorCode::Internal, "x"),
+        error: ErrorBody::new(ErrorCode::Internal, "x"),
     };
     Value::of(&message).keys(&mut keys);
     keys.sort();

@@ -12,7 +12,7 @@ use understudy_protocol::frame::HEADER_BYTES;
 use understudy_protocol::message::*;
 use understudy_protocol::{ErrorBody, ErrorCode, RequestId, encode};
 
-/// Every code; the match makes a new one fail to compile until it is here.
+/// Every code that a server sends; the match makes a new one fail to compile until it is here.
 pub fn codes() -> Vec<ErrorCode> {
     use ErrorCode::*;
     let all = vec![
@@ -35,7 +35,7 @@ pub fn codes() -> Vec<ErrorCode> {
     match all[0] {
         UnsupportedVersion | Unauthorized | FrameTooLarge | Malformed | OutOfOrder | Timeout
         | InvalidRequest | UnknownModel | UnknownRequest | Overloaded | Unavailable
-        | DeadlineExceeded | AttemptsExhausted | ShuttingDown | Internal => all,
+        | DeadlineExceeded | AttemptsExhausted | ShuttingDown | Internal | Unknown => all,
     }
 }
 
@@ -88,7 +88,7 @@ pub fn server_messages() -> Vec<ServerMessage> {
             limits: Limits {
                 max_frame_bytes: 4 << 20,
                 max_streams: 128,
-                max_credit: 65_536,
+                max_credit: 4_096,
             },
         },
         ServerMessage::Accepted {
@@ -311,6 +311,12 @@ pub fn exchange() -> Vec<Turn> {
             seed: 42,
         })
     };
+    let accepted_again = Turn::Server(ServerMessage::Accepted {
+        stream: 1,
+        request: RequestId(0x91d3_08c4_5b6e_f720_1a2b_9f00_37cc_e655),
+        prompt_tokens: 4,
+        seed: 42,
+    });
     let hello = Turn::Client(ClientMessage::Hello {
         version: 1,
         client: None,
@@ -323,10 +329,10 @@ pub fn exchange() -> Vec<Turn> {
         limits: Limits {
             max_frame_bytes: 4 << 20,
             max_streams: 128,
-            max_credit: 65_536,
+            max_credit: 4_096,
         },
     });
-    let submit = Turn::Client(ClientMessage::Submit(Submit {
+    let submit = Submit {
         stream: 1,
         model: None,
         input: Input::Prompt("count from 1 to 2".to_owned()),
@@ -342,11 +348,33 @@ pub fn exchange() -> Vec<Turn> {
         deadline_ms: Some(10_000),
         resumable: true,
         credit: 1,
+    };
+    let another = Turn::Client(ClientMessage::Submit(Submit {
+        stream: 2,
+        model: Some("other".to_owned()),
+        ..submit.clone()
     }));
+    let refused = Turn::Server(ServerMessage::Error {
+        stream: Some(2),
+        request: None,
+        error: ErrorBody::new(ErrorCode::UnknownModel, "no model \"other\" is deployed"),
+    });
+    let finished = |finish_reason, completion_tokens| {
+        Turn::Server(ServerMessage::Finished {
+            stream: 1,
+            finish_reason,
+            usage: Usage {
+                prompt_tokens: 4,
+                completion_tokens,
+            },
+            text: String::new(),
+        })
+    };
+    let submit = Turn::Client(ClientMessage::Submit(submit));
     vec![
         hello.clone(),
         welcome.clone(),
-        submit,
+        submit.clone(),
         accepted(1),
         token(1, 0, 17, "1", -0.25),
         Turn::Client(ClientMessage::Credit {
@@ -364,15 +392,14 @@ pub fn exchange() -> Vec<Turn> {
         }),
         accepted(1),
         token(1, 1, 300, " 2", -0.001),
-        Turn::Server(ServerMessage::Finished {
-            stream: 1,
-            finish_reason: FinishReason::Length,
-            usage: Usage {
-                prompt_tokens: 4,
-                completion_tokens: 2,
-            },
-            text: String::new(),
-        }),
+        finished(FinishReason::Length, 2),
+        another,
+        refused,
+        submit,
+        accepted_again,
+        token(1, 0, 17, "1", -0.25),
+        Turn::Client(ClientMessage::Cancel { stream: 1 }),
+        finished(FinishReason::Cancelled, 1),
     ]
 }
 

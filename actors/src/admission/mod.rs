@@ -4,7 +4,10 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::time::Duration;
 
+use tokio::sync::Semaphore;
+use tokio::time::timeout;
 use understudy_config::ModelSettings;
 use understudy_engine_core::chat::ChatMessage;
 use understudy_engine_core::text::{TextModel, TextModelError};
@@ -12,16 +15,26 @@ use understudy_journal::Admission;
 use understudy_protocol::message::{Input, Sampling, Submit};
 use understudy_protocol::{ErrorBody, ErrorCode, RequestId};
 
+use self::checks::{check_sampling, check_size, check_stop_ids, text_bytes};
 use crate::request::text::TextFold;
 
-/// Stop ids of one request at most.
-pub const MAX_STOP_IDS: usize = 256;
+mod checks;
+#[cfg(test)]
+mod tests;
 
-/// Alternatives per position at most.
-pub const MAX_TOP_LOGPROBS: u32 = 20;
+pub use self::checks::{MAX_STOP_IDS, MAX_TOP_LOGPROBS};
 
 /// Texts from this size on are tokenized on a thread of their own, so that they do not hold up other requests.
 const LARGE_TEXT_BYTES: usize = 8 * 1024;
+
+/// Large texts that are tokenized at the same time: each takes a processor, and tokens of other requests need some too.
+const LARGE_TEXTS_AT_ONCE: usize = 4;
+
+/// How long a large text waits for its turn.
+const TURN_DEADLINE: Duration = Duration::from_secs(30);
+
+/// What a client should wait before it tries again after that, in milliseconds.
+const RETRY_AFTER_MS: u64 = 1000;
 
 /// Gateway-wide values for what a submission leaves out.
 #[derive(Debug, Clone, Copy)]
@@ -33,9 +46,35 @@ pub struct Defaults {
 
 /// The models of the cluster, as admission needs them.
 pub struct Admissions {
-    models: BTreeMap<String, Arc<TextModel>>,
-    context_limits: BTreeMap<String, Option<u32>>,
+    models: BTreeMap<String, Model>,
     defaults: Defaults,
+    /// One permit a large text that is being tokenized.
+    turns: Semaphore,
+}
+
+struct Model {
+    text: Arc<TextModel>,
+    /// Prompt plus output tokens at most, as the deployment has it.
+    context_length: usize,
+    /// A text of more bytes cannot be a prompt, whatever is in it.
+    max_text_bytes: usize,
+}
+
+impl Model {
+    fn load(settings: &ModelSettings) -> Result<Self, TextModelError> {
+        let text = TextModel::load(&settings.path)?;
+        let own = text.context_length();
+        let context_length = settings
+            .context_length
+            .map_or(own, |limit| own.min(limit as usize));
+        let vocabulary = text.tokenizer().inner().get_vocab(true);
+        let longest = vocabulary.keys().map(String::len).max().unwrap_or(0);
+        Ok(Self {
+            text: Arc::new(text),
+            context_length,
+            max_text_bytes: context_length.saturating_mul(longest),
+        })
+    }
 }
 
 impl Admissions {
@@ -45,27 +84,26 @@ impl Admissions {
     /// If a model's directory lacks what a gateway needs, or cannot be understood.
     pub fn load(models: &[ModelSettings], defaults: Defaults) -> Result<Self, TextModelError> {
         let mut loaded = BTreeMap::new();
-        let mut context_limits = BTreeMap::new();
         for model in models {
-            loaded.insert(model.name.clone(), Arc::new(TextModel::load(&model.path)?));
-            context_limits.insert(model.name.clone(), model.context_length);
+            loaded.insert(model.name.clone(), Model::load(model)?);
         }
         Ok(Self {
             models: loaded,
-            context_limits,
             defaults,
+            turns: Semaphore::new(LARGE_TEXTS_AT_ONCE),
         })
     }
 
     /// Decides everything about a request.
     ///
     /// # Errors
-    /// `unknown_model`, or `invalid_request` with what is wrong and what is allowed.
+    /// `unknown_model`, `overloaded`, or `invalid_request` with what is wrong and what is allowed.
     pub async fn admit(&self, submit: Submit) -> Result<(Admission, TextFold), ErrorBody> {
         let (name, model) = self.model(submit.model.as_deref())?;
-        check_stop_ids(&submit.sampling)?;
-        let prompt = tokenize(model.clone(), submit.input).await?;
-        let context = self.context_length(name, model);
+        check_stop_ids(&submit.sampling, &model.text)?;
+        check_size(&submit.input, name, model)?;
+        let prompt = self.tokenize(&model.text, submit.input).await?;
+        let (context, model) = (model.context_length, &model.text);
         if prompt.is_empty() {
             return Err(invalid("the prompt has no tokens; give at least one"));
         }
@@ -102,10 +140,10 @@ impl Admissions {
     /// `unknown_model` if its model is not served any more.
     pub fn text_fold(&self, admission: &Admission) -> Result<TextFold, ErrorBody> {
         let (_, model) = self.model(Some(&admission.model))?;
-        TextFold::new(model, admission).map_err(|error| invalid(error.to_string()))
+        TextFold::new(&model.text, admission).map_err(|error| invalid(error.to_string()))
     }
 
-    fn model(&self, wanted: Option<&str>) -> Result<(&str, &Arc<TextModel>), ErrorBody> {
+    fn model(&self, wanted: Option<&str>) -> Result<(&str, &Model), ErrorBody> {
         let known = || {
             self.models
                 .keys()
@@ -136,11 +174,32 @@ impl Admissions {
         }
     }
 
-    fn context_length(&self, name: &str, model: &TextModel) -> usize {
-        let configured = self.context_limits.get(name).copied().flatten();
-        configured.map_or(model.context_length(), |limit| {
-            model.context_length().min(limit as usize)
-        })
+    /// For tests that need an admission to take as long as they like.
+    #[cfg(test)]
+    pub(crate) async fn hold_all_turns(&self) -> tokio::sync::SemaphorePermit<'_> {
+        let all = self.turns.acquire_many(LARGE_TEXTS_AT_ONCE as u32);
+        all.await.expect("never closed")
+    }
+
+    async fn tokenize(&self, model: &Arc<TextModel>, input: Input) -> Result<Vec<u32>, ErrorBody> {
+        if text_bytes(&input) <= LARGE_TEXT_BYTES {
+            return encode(model, input);
+        }
+        let Ok(Ok(_turn)) = timeout(TURN_DEADLINE, self.turns.acquire()).await else {
+            let message = "too many long prompts are being tokenized at this gateway";
+            return Err(ErrorBody {
+                retry_after_ms: Some(RETRY_AFTER_MS),
+                ..ErrorBody::new(ErrorCode::Overloaded, message)
+            });
+        };
+        let model = model.clone();
+        match tokio::task::spawn_blocking(move || encode(&model, input)).await {
+            Ok(ids) => ids,
+            Err(_) => Err(ErrorBody::new(
+                ErrorCode::Internal,
+                "the prompt could not be tokenized",
+            )),
+        }
     }
 
     /// Client's values, else the model's, else the neutral ones; all checked.
@@ -182,28 +241,8 @@ impl Admissions {
             min_tokens: Some(asked.min_tokens.unwrap_or(0)),
             ..asked
         };
-        check_sampling(&resolved, max_tokens)?;
+        check_sampling(&resolved, max_tokens, room)?;
         Ok(resolved)
-    }
-}
-
-async fn tokenize(model: Arc<TextModel>, input: Input) -> Result<Vec<u32>, ErrorBody> {
-    let large = match &input {
-        Input::Prompt(text) => text.len() > LARGE_TEXT_BYTES,
-        Input::Messages(messages) => {
-            messages.iter().map(|m| m.content.len()).sum::<usize>() > LARGE_TEXT_BYTES
-        }
-        Input::TokenIds(_) => false,
-    };
-    if !large {
-        return encode(&model, input);
-    }
-    match tokio::task::spawn_blocking(move || encode(&model, input)).await {
-        Ok(ids) => ids,
-        Err(_) => Err(ErrorBody::new(
-            ErrorCode::Internal,
-            "the prompt could not be tokenized",
-        )),
     }
 }
 
@@ -223,62 +262,6 @@ fn encode(model: &TextModel, input: Input) -> Result<Vec<u32>, ErrorBody> {
         }
     };
     encoded.map_err(|error| invalid(error.to_string()))
-}
-
-fn check_stop_ids(sampling: &Sampling) -> Result<(), ErrorBody> {
-    match sampling.stop_token_ids.len() {
-        0..=MAX_STOP_IDS => Ok(()),
-        given => Err(invalid(format!(
-            "{given} stop_token_ids, and at most {MAX_STOP_IDS} are allowed"
-        ))),
-    }
-}
-
-fn check_sampling(sampling: &Sampling, asked_max_tokens: u32) -> Result<(), ErrorBody> {
-    within("temperature", sampling.temperature, 0.0, 100.0)?;
-    within("top_p", sampling.top_p, f32::MIN_POSITIVE, 1.0)?;
-    within("min_p", sampling.min_p, 0.0, 1.0)?;
-    within(
-        "repetition_penalty",
-        sampling.repetition_penalty,
-        f32::MIN_POSITIVE,
-        100.0,
-    )?;
-    within("presence_penalty", sampling.presence_penalty, -2.0, 2.0)?;
-    within("frequency_penalty", sampling.frequency_penalty, -2.0, 2.0)?;
-    if asked_max_tokens == 0 {
-        return Err(invalid("max_tokens must be at least 1"));
-    }
-    if sampling.min_tokens > Some(asked_max_tokens) {
-        let min = sampling.min_tokens.unwrap_or_default();
-        return Err(invalid(format!(
-            "min_tokens {min} is more than max_tokens {asked_max_tokens}"
-        )));
-    }
-    if sampling.top_logprobs > MAX_TOP_LOGPROBS {
-        let given = sampling.top_logprobs;
-        return Err(invalid(format!(
-            "top_logprobs {given}, and at most {MAX_TOP_LOGPROBS} are allowed"
-        )));
-    }
-    Ok(())
-}
-
-fn within(name: &str, value: Option<f32>, low: f32, high: f32) -> Result<(), ErrorBody> {
-    match value {
-        // Also refuses what is not a number.
-        Some(value) if !(low..=high).contains(&value) => {
-            let low = if low == f32::MIN_POSITIVE {
-                "above 0".to_owned()
-            } else {
-                format!("from {low}")
-            };
-            Err(invalid(format!(
-                "{name} is {value}, and must be {low} up to {high}"
-            )))
-        }
-        _ => Ok(()),
-    }
 }
 
 fn invalid(message: impl Into<String>) -> ErrorBody {
