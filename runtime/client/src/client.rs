@@ -3,15 +3,17 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::time::Instant;
+use tokio::time::{Instant, timeout};
 use understudy_protocol::RequestId;
 use understudy_protocol::message::ClusterStatus;
 
 use crate::error::Error;
+use crate::link::Link;
 use crate::options::Options;
 use crate::pool::Pool;
 use crate::request::Request;
 use crate::stream::{Opening, Stream};
+use crate::time::after;
 
 /// A client of one cluster. Cheap to clone; the clones share their connections, which close when the last clone and the
 /// last stream are dropped.
@@ -37,7 +39,7 @@ impl Client {
     /// A client that connects when it is first used.
     ///
     /// # Errors
-    /// [`Error::NoAddress`].
+    /// [`Error::NoAddress`], [`Error::InvalidOptions`].
     pub fn new(
         addresses: impl IntoIterator<Item = impl Into<String>>,
         options: Options,
@@ -46,6 +48,7 @@ impl Client {
         if addresses.is_empty() {
             return Err(Error::NoAddress);
         }
+        options.check()?;
         Ok(Self {
             pool: Arc::new(Pool::new(addresses, options)),
         })
@@ -60,7 +63,8 @@ impl Client {
         Stream::open(self.pool.clone(), Opening::Submit(Box::new(request)), 0).await
     }
 
-    /// Goes on with a request that was submitted before, by this client or another, from `next_position` on.
+    /// Goes on with a request that was submitted before, by this client or another, from `next_position` on. A resume that
+    /// fails, or is dropped before the request is accepted, leaves the request as it was.
     ///
     /// # Errors
     /// As [`submit`](Self::submit); `unknown_request` comes from [`Stream::next`].
@@ -69,31 +73,50 @@ impl Client {
     }
 
     /// The cluster as the gateway in use sees it.
+    ///
+    /// # Errors
+    /// The last gateway's error, when none has answered within `call_timeout`.
     pub async fn status(&self) -> Result<ClusterStatus, Error> {
-        let limit = self.pool.options.call_timeout;
-        let call = async { self.pool.any_link().await?.status().await };
-        within(limit, "status", call).await
+        self.call("status", async |link| link.status().await).await
     }
 
     /// Time to the gateway in use and back, its message loop included.
+    ///
+    /// # Errors
+    /// As [`status`](Self::status).
     pub async fn ping(&self) -> Result<Duration, Error> {
-        let limit = self.pool.options.call_timeout;
-        let call = async {
-            let link = self.pool.any_link().await?;
+        self.call("pong", async |link| {
             let start = Instant::now();
             link.ping().await?;
             Ok(start.elapsed())
-        };
-        within(limit, "pong", call).await
-    }
-}
-
-async fn within<T>(
-    limit: Duration,
-    what: &'static str,
-    call: impl Future<Output = Result<T, Error>>,
-) -> Result<T, Error> {
-    tokio::time::timeout(limit, call)
+        })
         .await
-        .unwrap_or(Err(Error::Timeout { what, after: limit }))
+    }
+
+    /// Asks the gateway in use and, where it does not answer, the others. Each gets its share of the time that is left:
+    /// one that has fallen silent must leave some for the next.
+    async fn call<T>(
+        &self,
+        what: &'static str,
+        ask: impl AsyncFn(Arc<Link>) -> Result<T, Error>,
+    ) -> Result<T, Error> {
+        let pool = &self.pool;
+        let limit = pool.options.call_timeout;
+        let end = after(Instant::now(), limit);
+        let mut last = Error::NoAddress;
+        for (asked, gateway) in (0..).zip(pool.by_preference()) {
+            let left = end.saturating_duration_since(Instant::now());
+            let share = left / (pool.len() as u32 - asked);
+            let answer = async { ask(pool.link(gateway).await?).await };
+            match timeout(share, answer).await {
+                Ok(Ok(answer)) => {
+                    pool.prefer(gateway);
+                    return Ok(answer);
+                }
+                Ok(Err(error)) => last = error,
+                Err(_) => last = Error::Timeout { what, after: limit },
+            }
+        }
+        Err(last)
+    }
 }

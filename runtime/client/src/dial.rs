@@ -91,3 +91,37 @@ fn welcome(
 fn broken(error: impl std::fmt::Display) -> LostReason {
     LostReason::Protocol(error.to_string())
 }
+
+#[cfg(test)]
+mod tests {
+    use tokio::net::TcpListener;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn small_frames_are_not_held_back() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap().to_string();
+        let answer = tokio::spawn(async move {
+            let (mut socket, _) = listener.accept().await.unwrap();
+            let welcome = ServerMessage::Welcome {
+                version: PROTOCOL_VERSION,
+                node: "a".to_owned(),
+                server: "test".to_owned(),
+                limits: Limits {
+                    max_frame_bytes: 1,
+                    max_streams: 1,
+                    max_credit: 1,
+                },
+            };
+            let mut out = BytesMut::new();
+            encode(&welcome, &mut out).unwrap();
+            socket.write_all(&out).await.unwrap();
+        });
+        let Ok(greeted) = dial(&address, &Options::default()).await else {
+            panic!("no handshake");
+        };
+        assert!(greeted.socket.nodelay().unwrap());
+        answer.await.unwrap();
+    }
+}

@@ -13,6 +13,12 @@ pub enum Error {
     /// One gateway cannot be reached, or its handshake failed.
     #[error("gateway {address} cannot be reached: {reason}")]
     Connect { address: String, reason: LostReason },
+    /// A setting with which a client cannot work.
+    #[error("option {option} {problem}")]
+    InvalidOptions {
+        option: &'static str,
+        problem: &'static str,
+    },
     /// The server's answer: a terminal error of the request, or of the handshake.
     #[error("{code}: {}", .0.message, code = .0.code.as_str())]
     Server(ErrorBody),
@@ -27,6 +33,21 @@ pub enum Error {
         next_position: u32,
         after: Duration,
         last: Box<Error>,
+    },
+    /// The connection was lost each time that the request was submitted, before it was accepted. The request may be what
+    /// the gateways die of, and it may have run: look before submitting it again.
+    #[error(
+        "connection lost {times} times after the request was submitted and before it was accepted; not submitted again, as it may be the cause; last: {last}"
+    )]
+    SubmitLost { times: u32, last: Box<Error> },
+    /// The request was cancelled, but not by this stream. The tokens before `next_position` have been received.
+    #[error(
+        "request {request} was cancelled after {next_position} tokens, and not by this stream: by another client, or by the gateway because nobody read it for longer than its resume_grace_ms; submit it again"
+    )]
+    Cancelled {
+        request: RequestId,
+        /// The first position the caller lacks.
+        next_position: u32,
     },
     /// Nothing came in time, though the connection is alive.
     #[error("no {what} within {after:?}")]
@@ -63,7 +84,12 @@ impl Error {
     /// Whether the same call may succeed when it is made again, after a while.
     pub fn is_retriable(&self) -> bool {
         match self {
-            Self::NoAddress | Self::TooLarge { .. } | Self::Protocol(_) => false,
+            Self::NoAddress
+            | Self::InvalidOptions { .. }
+            | Self::SubmitLost { .. }
+            | Self::Cancelled { .. }
+            | Self::TooLarge { .. }
+            | Self::Protocol(_) => false,
             Self::Connect { reason, .. } | Self::Lost { reason, .. } => reason.is_retriable(),
             Self::Server(body) => body.retriable,
             Self::NotRecovered { .. } | Self::Timeout { .. } | Self::Busy { .. } => true,
@@ -75,7 +101,7 @@ impl Error {
         match self {
             Self::Server(body) => Some(body.code),
             Self::Connect { reason, .. } | Self::Lost { reason, .. } => reason.code(),
-            Self::NotRecovered { last, .. } => last.code(),
+            Self::NotRecovered { last, .. } | Self::SubmitLost { last, .. } => last.code(),
             _ => None,
         }
     }

@@ -13,6 +13,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use crate::options::Options;
+use crate::time::{NEVER, after};
 
 /// Times that a request may be accepted again without one event after it.
 pub(crate) const MAX_FRUITLESS: u32 = 16;
@@ -22,12 +23,15 @@ pub(crate) struct Recovery {
     gateways: usize,
     first: usize,
     attempts: usize,
+    /// The round of the last attempt.
+    round: usize,
     /// Where recovery is switched off: one round.
     max_attempts: usize,
     fruitless: u32,
     /// Gateways that do not know the request.
     unknown_at: HashSet<usize>,
-    /// When the time without a gateway runs out.
+    /// Time without a gateway at most, and when it runs out.
+    limit: Duration,
     deadline: Instant,
     backoff_initial: Duration,
     backoff_max: Duration,
@@ -47,16 +51,21 @@ impl Recovery {
         let limit = if recovers {
             options.recovery_timeout
         } else {
-            options.connect_timeout.saturating_mul(2 * gateways as u32)
+            let attempts = u32::try_from(gateways)
+                .unwrap_or(u32::MAX)
+                .saturating_mul(2);
+            options.connect_timeout.saturating_mul(attempts)
         };
         Self {
             gateways,
             first,
             max_attempts: if recovers { usize::MAX } else { gateways },
             attempts: 0,
+            round: 0,
             fruitless: 0,
             unknown_at: HashSet::new(),
-            deadline: now + limit,
+            limit,
+            deadline: after(now, limit),
             backoff_initial: options.backoff_initial,
             backoff_max: options.backoff_max,
         }
@@ -64,6 +73,11 @@ impl Recovery {
 
     pub fn deadline(&self) -> Instant {
         self.deadline
+    }
+
+    /// The time without a gateway that the deadline stands for.
+    pub fn limit(&self) -> Duration {
+        self.limit
     }
 
     /// The next attempt, or `None` when there is none left. `draw` is uniform in 0 ..= 1.
@@ -79,7 +93,12 @@ impl Recovery {
             if self.unknown_at.contains(&gateway) {
                 continue;
             }
-            let pause = self.pause(attempt / self.gateways, draw);
+            let round = attempt / self.gateways;
+            let pause = match round > self.round {
+                true => self.pause(round, draw),
+                false => Duration::ZERO,
+            };
+            self.round = round;
             return Some(Attempt { gateway, pause });
         }
     }
@@ -112,7 +131,8 @@ impl Recovery {
         let full = self
             .backoff_initial
             .saturating_mul(1 << doublings)
-            .min(self.backoff_max);
+            .min(self.backoff_max)
+            .min(NEVER);
         full.mul_f64(0.5 + 0.5 * draw.clamp(0.0, 1.0))
     }
 }
@@ -131,18 +151,16 @@ mod tests {
     }
 
     #[test]
-    fn rounds_go_over_all_gateways_with_growing_pauses() {
+    fn rounds_go_over_all_gateways_with_growing_pauses_between() {
         let now = Instant::now();
         let mut recovery = Recovery::new(1, 3, &options(), now);
         let seen: Vec<(usize, u128)> = (0..12)
             .map(|_| recovery.next(now, 1.0).unwrap())
             .map(|attempt| (attempt.gateway, attempt.pause.as_millis()))
             .collect();
-        let order = [1, 2, 0];
-        let pauses = [0, 100, 200, 300];
-        let expected: Vec<(usize, u128)> = pauses
-            .iter()
-            .flat_map(|&pause| order.map(|gateway| (gateway, pause)))
+        let expected: Vec<(usize, u128)> = [0, 100, 200, 300]
+            .into_iter()
+            .flat_map(|pause| [(1, pause), (2, 0), (0, 0)])
             .collect();
         assert_eq!(seen, expected);
     }
@@ -184,7 +202,9 @@ mod tests {
         recovery.next(now, 0.5);
         recovery.unknown_at(0);
         assert_eq!(recovery.next(now, 0.5).unwrap().gateway, 1);
-        assert_eq!(recovery.next(now, 0.5).unwrap().gateway, 1);
+        // The round begins with one that is left out, and is paused for all the same.
+        let again = recovery.next(now, 0.5).unwrap();
+        assert_eq!((again.gateway, again.pause.as_millis()), (1, 75));
         recovery.unknown_at(1);
         assert!(recovery.is_unknown_everywhere());
         assert_eq!(recovery.next(now, 0.5), None);

@@ -2,7 +2,7 @@
 
 use understudy_protocol::RequestId;
 use understudy_protocol::message::{
-    FinishReason, Input, Sampling, Submit, TokenEvent, TopLogprob, Usage,
+    ChatMessage, FinishReason, Input, Sampling, Submit, TokenEvent, TopLogprob, Usage,
 };
 
 /// A request for a completion: the parts of a `submit` that are the caller's.
@@ -41,6 +41,19 @@ impl Request {
     /// Completes token ids.
     pub fn token_ids(ids: impl Into<Vec<u32>>) -> Self {
         Self::new(Input::TokenIds(ids.into()))
+    }
+
+    /// Goes on with a conversation: the assistant's next turn.
+    pub fn messages(messages: impl Into<Vec<ChatMessage>>) -> Self {
+        Self::new(Input::Messages(messages.into()))
+    }
+
+    /// Begins a conversation with one message of the user.
+    pub fn chat(content: impl Into<String>) -> Self {
+        Self::messages([ChatMessage {
+            role: "user".to_owned(),
+            content: content.into(),
+        }])
     }
 
     pub(crate) fn to_submit(&self, stream: u32, credit: u32, resumable: bool) -> Submit {

@@ -2,13 +2,14 @@
 
 mod fake;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Stdio;
-use std::time::Duration;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
-use fake::{Cluster, Fault, Gateway};
+use fake::{Cluster, Fault, Gateway, until};
 use serde_json::Value;
-use tokio::process::Command;
+use tokio::process::{Child, Command};
 use understudy_client::protocol::ErrorCode;
 
 const TOTAL: u32 = 100;
@@ -30,18 +31,52 @@ async fn has_python() -> bool {
 struct Run {
     events: Vec<Value>,
     errors: String,
-    success: bool,
+    status: Option<i32>,
 }
 
-async fn python(gateways: &[&Gateway], arguments: &[&str]) -> Run {
-    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/python/understudy_client.py");
+fn folder() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/python")
+}
+
+/// The client's command line.
+fn command(gateways: &[&Gateway], arguments: &[&str]) -> Command {
     let mut command = Command::new("python3");
-    command.arg(script).kill_on_drop(true);
+    command
+        .arg(folder().join("understudy_client.py"))
+        .kill_on_drop(true)
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped());
     for gateway in gateways {
         command.arg("--addr").arg(gateway.address.to_string());
     }
     command.args(arguments);
-    let output = tokio::time::timeout(Duration::from_secs(60), command.output())
+    command
+}
+
+/// A program that has the client as its module `u`.
+fn program(text: &str) -> Command {
+    let mut command = Command::new("python3");
+    command
+        .arg("-B")
+        .arg("-c")
+        .arg(format!("import understudy_client as u\n{text}"))
+        .env("PYTHONPATH", folder())
+        .kill_on_drop(true)
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped());
+    command
+}
+
+async fn python(gateways: &[&Gateway], arguments: &[&str]) -> Run {
+    end(command(gateways, arguments)).await
+}
+
+async fn end(mut command: Command) -> Run {
+    ended(command.spawn().unwrap()).await
+}
+
+async fn ended(child: Child) -> Run {
+    let output = tokio::time::timeout(Duration::from_secs(60), child.wait_with_output())
         .await
         .expect("done within 60 s")
         .unwrap();
@@ -52,12 +87,12 @@ async fn python(gateways: &[&Gateway], arguments: &[&str]) -> Run {
             .map(|line| serde_json::from_str(line).unwrap())
             .collect(),
         errors: String::from_utf8(output.stderr).unwrap(),
-        success: output.status.success(),
+        status: output.status.code(),
     }
 }
 
 fn check(run: &Run) {
-    assert!(run.success, "{}", run.errors);
+    assert_eq!(run.status, Some(0), "{}", run.errors);
     let (first, rest) = run.events.split_first().unwrap();
     let (last, tokens) = rest.split_last().unwrap();
     assert_eq!(
@@ -111,7 +146,7 @@ async fn it_streams_resumes_and_reports() {
 
     one.fault(50, Fault::Fail(ErrorCode::DeadlineExceeded));
     let run = python(&[&one], &arguments).await;
-    assert!(!run.success);
+    assert_eq!(run.status, Some(1));
     assert_eq!(run.events.last().unwrap()["code"], "deadline_exceeded");
     assert!(run.errors.contains("deadline_exceeded"), "{}", run.errors);
 
@@ -134,4 +169,143 @@ async fn it_leaves_a_gateway_that_falls_silent_or_does_not_know_the_request() {
     two.script.lock().unwrap().forgets = true;
     one.fault(30, Fault::Fail(ErrorCode::ShuttingDown));
     check(&python(&[&one, &two], &arguments).await);
+}
+
+#[tokio::test]
+async fn what_it_does_not_read_to_the_end_is_cancelled() {
+    if !has_python().await {
+        return;
+    }
+    let cluster = Cluster::new(1_000_000);
+    let gateway = cluster.gateway().await;
+    let cancels = || gateway.script.lock().unwrap().cancels;
+    let address = gateway.address;
+    let stops = format!(
+        "for event in u.Stream(['{address}'], {{'input': {{'prompt': 'x'}}}}):\n    if event.get('position') == 100: break"
+    );
+    let run = end(program(&stops)).await;
+    assert_eq!((run.status, cancels()), (Some(0), 1), "{}", run.errors);
+    assert!(!cluster.is_read_at_all());
+
+    // Interrupted while it waits for a token.
+    gateway.script.lock().unwrap().holds = true;
+    let waiting = command(&[&gateway], &["--prompt", "x"]).spawn().unwrap();
+    until(|| cluster.is_read_at_all()).await;
+    // No token is sent before the gateway hears of something.
+    gateway.script.lock().unwrap().holds = false;
+    interrupt(&waiting).await;
+    let run = ended(waiting).await;
+    assert_eq!((run.status, cancels()), (Some(130), 2), "{}", run.errors);
+
+    // Interrupted while no gateway has the request.
+    gateway.script.lock().unwrap().holds = true;
+    let waiting = command(&[&gateway], &["--prompt", "x", "--json"])
+        .spawn()
+        .unwrap();
+    until(|| cluster.is_read_at_all()).await;
+    gateway.script.lock().unwrap().holds = false;
+    gateway.script.lock().unwrap().resumes_to_refuse = 1_000_000;
+    gateway.cut_connections();
+    until(|| gateway.script.lock().unwrap().resumes > 6).await;
+    gateway.script.lock().unwrap().resumes_to_refuse = 0;
+    interrupt(&waiting).await;
+    ended(waiting).await;
+    assert_eq!(cancels(), 3);
+}
+
+/// As Ctrl-C does.
+async fn interrupt(child: &Child) {
+    let pid = child.id().unwrap().to_string();
+    let sent = Command::new("kill").args(["-INT", &pid]).status().await;
+    assert!(sent.unwrap().success());
+}
+
+#[tokio::test]
+async fn its_recovery_begins_with_the_loss_and_outlasts_refusals() {
+    if !has_python().await {
+        return;
+    }
+    let cluster = Cluster::new(TOTAL);
+    let gateway = cluster.gateway().await;
+    // The first token comes later than a recovery may take.
+    let limit = Duration::from_millis(300);
+    gateway.script.lock().unwrap().holds = true;
+    let arguments = [
+        "--prompt",
+        "x",
+        "--seed",
+        "7",
+        "--json",
+        "--recovery-timeout",
+        "0.3",
+    ];
+    let waiting = command(&[&gateway], &arguments).spawn().unwrap();
+    until(|| cluster.is_read_at_all()).await;
+    let begun = Instant::now();
+    until(|| begun.elapsed() > limit).await;
+    gateway.script.lock().unwrap().holds = false;
+    gateway.cut_connections();
+    check(&ended(waiting).await);
+
+    // Refused for now, and given up because it did not read.
+    gateway.script.lock().unwrap().resumes_to_refuse = 3;
+    gateway.fault(30, Fault::Cut);
+    gateway.fault(60, Fault::Fail(ErrorCode::Timeout));
+    let arguments = ["--prompt", "x", "--seed", "7", "--json"];
+    check(&python(&[&gateway], &arguments).await);
+    assert_eq!(gateway.script.lock().unwrap().resumes, 6);
+
+    gateway.script.lock().unwrap().submits_to_lose = 1_000_000;
+    let submits = gateway.script.lock().unwrap().submits;
+    let run = python(&[&gateway], &arguments).await;
+    assert_eq!(run.status, Some(1));
+    assert_eq!(gateway.script.lock().unwrap().submits, submits + 4);
+}
+
+#[tokio::test]
+async fn a_request_that_others_cancelled_is_no_success() {
+    if !has_python().await {
+        return;
+    }
+    let mut cluster = Cluster::new(TOTAL);
+    Arc::get_mut(&mut cluster).unwrap().resume_grace = Some(Duration::ZERO);
+    let gateway = cluster.gateway().await;
+    gateway.fault(30, Fault::Cut);
+    let run = python(&[&gateway], &["--prompt", "x", "--json"]).await;
+    assert_eq!(run.status, Some(1), "{}", run.errors);
+    assert!(run.errors.contains("not by this client"), "{}", run.errors);
+}
+
+#[tokio::test]
+async fn it_says_what_is_wrong() {
+    if !has_python().await {
+        return;
+    }
+    let cluster = Cluster::new(TOTAL);
+    let gateway = cluster.gateway().await;
+    let long = "x".repeat(5000);
+    let run = python(&[&gateway], &["--prompt", &long]).await;
+    assert_eq!(run.status, Some(1));
+    assert!(run.errors.contains("limit of 4096"), "{}", run.errors);
+    assert_eq!(gateway.script.lock().unwrap().submits, 0);
+
+    for arguments in [
+        ["--prompt", "x", "--seed", "18446744073709551616"],
+        ["--prompt", "x", "--max-tokens", "-1"],
+        ["--token-ids", "1,4294967296", "--seed", "1"],
+        ["--message", "no role", "--seed", "1"],
+    ] {
+        let run = python(&[&gateway], &arguments).await;
+        assert_eq!(run.status, Some(2), "{arguments:?}: {}", run.errors);
+        assert!(!run.errors.contains("Traceback"), "{}", run.errors);
+    }
+
+    gateway.script.lock().unwrap().garbles = true;
+    let run = python(&[&gateway], &["--prompt", "x"]).await;
+    assert_eq!(run.status, Some(1));
+    assert!(run.errors.contains("no message"), "{}", run.errors);
+
+    let text = "try: u.unpack(b'\\xa1\\xff')\nexcept u.ProtocolError: print('true')";
+    let run = end(program(text)).await;
+    assert_eq!(run.events, [Value::Bool(true)], "{}", run.errors);
 }

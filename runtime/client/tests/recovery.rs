@@ -5,9 +5,9 @@ mod fake;
 use std::sync::Arc;
 use std::time::Duration;
 
-use fake::{Cluster, Fault, Gateway};
+use fake::{Cluster, Fault, Gateway, error_of, until};
 use understudy_client::protocol::ErrorCode;
-use understudy_client::{Client, Error, Event, Options, Request, Stream};
+use understudy_client::{Client, Error, Event, LostReason, Options, Request, Stream};
 
 const TOTAL: u32 = 40;
 
@@ -387,29 +387,122 @@ async fn a_dropped_next_loses_nothing_in_recovery() {
 }
 
 #[tokio::test]
-async fn a_stream_dropped_in_recovery_is_cancelled_elsewhere() {
-    let cluster = Cluster::new(TOTAL);
+async fn a_stream_that_is_not_polled_recovers_by_itself() {
+    let mut cluster = Cluster::new(TOTAL);
+    Arc::get_mut(&mut cluster).unwrap().resume_grace = Some(Duration::from_millis(500));
     let gateway = cluster.gateway().await;
-    let address = gateway.address;
+    // The connection goes when the caller is a whole window behind.
+    gateway.fault(8, Fault::Cut);
     let client = client(&[&gateway], options()).await;
     let mut stream = client.submit(Request::prompt("x")).await.unwrap();
-    stream.next().await.unwrap();
-    let id = stream.request_id().unwrap();
-    gateway.kill();
-    // Until it has nothing left to give, and looks for a gateway in vain.
-    while tokio::time::timeout(Duration::from_millis(100), stream.next())
-        .await
-        .is_ok()
-    {}
-    let back = cluster.gateway_at(address).await;
-    // Nobody polls the stream any more, so it is still in recovery when it is dropped.
-    drop(stream);
-    tokio::time::timeout(Duration::from_secs(5), async {
-        while !cluster.is_cancelled(id) {
-            tokio::time::sleep(Duration::from_millis(1)).await;
-        }
-    })
-    .await
-    .expect("cancelled within 5 s");
-    assert_eq!(back.script.lock().unwrap().resumes, 1);
+    until(|| gateway.script.lock().unwrap().resumes == 1).await;
+    check(&mut stream).await.unwrap();
+    assert_eq!(stream.recoveries(), 1);
+    assert!(gateway.script.lock().unwrap().most_outstanding <= 8);
+}
+
+#[tokio::test]
+async fn a_stream_that_the_gateway_gave_up_unread_is_resumed_when_it_is_read() {
+    let cluster = Cluster::new(TOTAL);
+    let gateway = cluster.gateway().await;
+    let client = client(&[&gateway], options()).await;
+    // Given up with all credit spent, and with some left.
+    for (position, resumed_unread) in [(8, 0), (3, 1)] {
+        let resumes = gateway.script.lock().unwrap().resumes;
+        gateway.fault(position, Fault::Fail(ErrorCode::Timeout));
+        let mut stream = client.submit(Request::prompt("x")).await.unwrap();
+        until(|| gateway.script.lock().unwrap().faults.is_empty()).await;
+        client.ping().await.unwrap();
+        let unread = gateway.script.lock().unwrap().resumes - resumes;
+        assert!(unread <= resumed_unread, "resumed to wait there again");
+        check(&mut stream).await.unwrap();
+        assert_eq!(stream.recoveries(), 1, "given up at {position}");
+    }
+}
+
+#[tokio::test]
+async fn a_submit_that_ends_its_connections_is_sent_a_few_times_only() {
+    let cluster = Cluster::new(TOTAL);
+    let (one, two) = (cluster.gateway().await, cluster.gateway().await);
+    let client = client(&[&one, &two], options()).await;
+    for gateway in [&one, &two] {
+        gateway.script.lock().unwrap().submits_to_lose = 1000;
+    }
+    let mut stream = client.submit(Request::prompt("x")).await.unwrap();
+    let error = error_of(&mut stream).await;
+    assert!(
+        matches!(error, Error::SubmitLost { times: 4, .. }),
+        "{error}"
+    );
+    assert!(!error.is_retriable());
+    let submits = |gateway: &Gateway| gateway.script.lock().unwrap().submits;
+    assert_eq!(submits(&one) + submits(&two), 4);
+
+    for gateway in [&one, &two] {
+        gateway.script.lock().unwrap().submits_to_lose = 1;
+    }
+    let mut stream = client.submit(Request::prompt("x")).await.unwrap();
+    check(&mut stream).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_submit_that_is_answered_with_nonsense_is_not_sent_again() {
+    let cluster = Cluster::new(TOTAL);
+    let gateway = cluster.gateway().await;
+    gateway.script.lock().unwrap().garbles = true;
+    let client = client(&[&gateway], options()).await;
+    let mut stream = client.submit(Request::prompt("x")).await.unwrap();
+    let error = error_of(&mut stream).await;
+    assert!(
+        matches!(
+            error,
+            Error::Lost {
+                reason: LostReason::Protocol(_),
+                ..
+            }
+        ),
+        "{error}"
+    );
+    assert_eq!(gateway.script.lock().unwrap().submits, 1);
+}
+
+#[tokio::test]
+async fn a_resume_that_is_refused_for_now_is_tried_again() {
+    let cluster = Cluster::new(TOTAL);
+    let gateway = cluster.gateway().await;
+    gateway.script.lock().unwrap().resumes_to_refuse = 2;
+    gateway.fault(7, Fault::Cut);
+    let client = client(&[&gateway], options()).await;
+    let mut stream = client.submit(Request::prompt("x")).await.unwrap();
+    check(&mut stream).await.unwrap();
+    assert_eq!(gateway.script.lock().unwrap().resumes, 3);
+}
+
+#[tokio::test]
+async fn durations_without_end_are_taken() {
+    let cluster = Cluster::new(TOTAL);
+    let gateway = cluster.gateway().await;
+    let options = Options {
+        connect_timeout: Duration::MAX,
+        recovery_timeout: Duration::MAX,
+        backoff_max: Duration::MAX,
+        keepalive_interval: Duration::MAX - Duration::from_secs(1),
+        keepalive_timeout: Duration::MAX,
+        event_timeout: Duration::MAX,
+        call_timeout: Duration::MAX,
+        ..options()
+    };
+    for position in [3, 4, 5] {
+        gateway.fault(position, Fault::Cut);
+    }
+    let client = client(&[&gateway], options).await;
+    let request = Request {
+        deadline_ms: Some(u64::MAX),
+        ..Request::prompt("x")
+    };
+    let mut stream = client.submit(request).await.unwrap();
+    check(&mut stream).await.unwrap();
+    client.status().await.unwrap();
+    drop(client.submit(Request::prompt("x")).await.unwrap());
+    until(|| gateway.script.lock().unwrap().cancels == 1).await;
 }

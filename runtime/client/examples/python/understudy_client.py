@@ -8,11 +8,13 @@ the gateway dies:
     understudy_client.py --addr 127.0.0.1:7600 --prompt "hello" --json
     understudy_client.py --addr 127.0.0.1:7600 --status
 
-Exit codes: 0 done, 1 the server or the network refused, 2 wrong usage.
+Exit codes: 0 done, 1 the server or the network refused, 2 wrong usage, 130 interrupted.
 """
 
 import argparse
+import contextlib
 import json
+import math
 import random
 import socket
 import struct
@@ -26,6 +28,9 @@ CONNECT_TIMEOUT_S = 5.0
 KEEPALIVE_INTERVAL_S = 2.0  # a ping is sent after this much silence
 KEEPALIVE_TIMEOUT_S = 6.0  # a connection this silent is dead
 MAX_DEPTH = 16  # nesting of a message
+CANCEL_TIMEOUT_S = 2.0  # for the server to say that a request has been cancelled
+MAX_FRUITLESS = 16  # times that a request is accepted again, and its connection lost before a token comes
+MAX_RESUBMISSIONS = 3  # after connections that were lost with a submit that may be what the gateways die of
 
 
 class ProtocolError(Exception):
@@ -40,6 +45,14 @@ class ServerError(Exception):
         self.body = body
         self.code = body["code"]
         self.retriable = body["retriable"]
+
+
+class TooLarge(Exception):
+    """The request does not fit the frame that the gateway accepts."""
+
+
+class Cancelled(Exception):
+    """The request was cancelled, but not by this stream: its output is not complete."""
 
 
 # --- MessagePack: the part that the protocol uses -----------------------------------------------------------------
@@ -88,8 +101,10 @@ def _pack_int(value, out):
             if value < 1 << bits:
                 out += struct.pack(form, marker, value)
                 return
-    else:
+    elif -(1 << 63) <= value < 0:
         out += struct.pack(">Bq", 0xD3, value)
+    else:
+        raise ValueError(f"{value} does not fit 64 bits")
 
 
 def _pack_header(length, fixed, fixed_max, markers, out):
@@ -154,12 +169,17 @@ def _unpack_many(kind, length, data, at, depth):
         end = at + length
         if end > len(data):
             raise ProtocolError("message ends inside a string")
-        return data[at:end].decode("utf-8"), end
+        try:
+            return data[at:end].decode("utf-8"), end
+        except UnicodeDecodeError as error:
+            raise ProtocolError(f"text that is not UTF-8: {error.reason}") from None
     items = []
     for _ in range(length if kind == "array" else 2 * length):
         item, at = _unpack(data, at, depth + 1)
         items.append(item)
     if kind == "map":
+        if not all(isinstance(key, str) for key in items[::2]):
+            raise ProtocolError("a key that is not text")
         return dict(zip(items[::2], items[1::2])), at
     return items, at
 
@@ -182,44 +202,56 @@ class Connection:
         self.socket = socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S)
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.received = bytearray()
+        self.limits = None
         hello = {"type": "hello", "version": PROTOCOL_VERSION, "client": "understudy-python/1"}
         if token is not None:
             hello["token"] = token
         self.send(hello)
         welcome = self.receive()
-        if welcome["type"] != "welcome" or welcome["version"] != PROTOCOL_VERSION:
+        if welcome["type"] != "welcome" or welcome.get("version") != PROTOCOL_VERSION:
             raise ProtocolError("no welcome in this version")
-        self.limits = welcome["limits"]
+        limits = welcome.get("limits")
+        if not isinstance(limits, dict) or not all(isinstance(limits.get(key), int) for key in ("max_frame_bytes", "max_credit")):
+            raise ProtocolError("no limits in the welcome")
+        self.limits = limits
 
     def close(self):
         self.socket.close()
 
     def send(self, message):
         payload = pack(message)
+        # Before the welcome only hello is sent, which fits.
+        if self.limits is not None and len(payload) > self.limits["max_frame_bytes"]:
+            limit = self.limits["max_frame_bytes"]
+            raise TooLarge(f"request of {len(payload)} bytes is over the gateway's frame limit of {limit}; shorten the prompt")
         self.socket.settimeout(KEEPALIVE_TIMEOUT_S)
         self.socket.sendall(struct.pack(">I", len(payload)) + payload)
 
-    def receive(self):
+    def receive(self, give_up=math.inf):
         """The next message that is no answer to a ping. A connection-wide `error` is raised."""
         while True:
-            message = unpack(self._frame())
+            message = unpack(self._frame(give_up))
+            if not isinstance(message, dict) or not isinstance(message.get("type"), str):
+                raise ProtocolError("a frame that is no message")
             if message["type"] == "error" and message.get("stream") is None:
                 raise ServerError(message)
             if message["type"] != "pong":
                 return message
 
-    def _frame(self):
-        header = self._bytes(4)
+    def _frame(self, give_up):
+        header = self._bytes(4, give_up)
         (length,) = struct.unpack(">I", header)
         if not 0 < length <= MAX_FRAME_BYTES:
             raise ProtocolError(f"frame of {length} bytes; is this port an Understudy gateway?")
-        return self._bytes(length)
+        return self._bytes(length, give_up)
 
-    def _bytes(self, count):
-        """Exactly `count` bytes; asks for a sign of life when there is silence."""
+    def _bytes(self, count, give_up):
+        """Exactly `count` bytes, by the time `give_up`; asks for a sign of life when there is silence."""
         silent_since = last_ping = time.monotonic()
         while len(self.received) < count:
             now = time.monotonic()
+            if now >= give_up:
+                raise TimeoutError("nothing came in time")
             if now - silent_since >= KEEPALIVE_TIMEOUT_S:
                 raise TimeoutError(f"nothing came for {KEEPALIVE_TIMEOUT_S} s")
             if now - last_ping >= KEEPALIVE_INTERVAL_S:
@@ -246,7 +278,14 @@ _TRY_ELSEWHERE = (OSError, EOFError)
 
 
 class Stream:
-    """The events of one request: `accepted`, then `token`s, then `finished`, each a dict as on the wire."""
+    """The events of one request: `accepted`, then `token`s, then `finished`, each a dict as on the wire.
+
+    An iteration that ends early cancels the request: close the iterator (`contextlib.closing`), or let it go out of scope.
+
+    There is no thread behind it, so nothing is read, granted or answered while the caller does something else. A gateway takes
+    a client for gone that says nothing for 300 s, and cancels the request 30 s after that (`idle_timeout_ms`,
+    `resume_grace_ms`): whoever pauses for longer collects the events in a thread of its own.
+    """
 
     STREAM = 1  # one request on a connection, so one number will do
 
@@ -261,10 +300,22 @@ class Stream:
         self._consumed = 0
         self._gateway = 0
         self._unknown_at = set()
+        self._accepted_at = None  # when the connection in use accepted the request
+        self._submits_lost = 0
+        self._settled = False  # whether nothing is left to cancel
 
     def __iter__(self):
-        deadline = time.monotonic() + self.recovery_timeout_s
-        attempt = 0
+        try:
+            yield from self._events()
+        except (GeneratorExit, KeyboardInterrupt):
+            if not self._settled:
+                self._cancel_elsewhere()
+            raise
+
+    def _events(self):
+        """Events from one connection after the other."""
+        deadline = None  # of the recovery, which begins with a loss
+        attempt = fruitless = 0
         while True:
             before = self.next_position
             address = self.addresses[self._gateway % len(self.addresses)]
@@ -277,11 +328,17 @@ class Stream:
                 last = error
             except _TRY_ELSEWHERE as error:
                 last = error
-            if self.next_position > before:
-                deadline = time.monotonic() + self.recovery_timeout_s
-                attempt = 0
+            now = time.monotonic()
+            if deadline is None or self.next_position > before:
+                deadline = now + self.recovery_timeout_s
+                attempt = fruitless = 0
                 self._unknown_at.clear()
+            elif self._accepted_at is not None:
+                deadline += now - self._accepted_at  # the time with a connection does not count
+                fruitless += 1
             attempt += 1
+            if fruitless >= MAX_FRUITLESS or self._submits_lost > MAX_RESUBMISSIONS:
+                raise last
             self._pause(attempt, deadline, last)
 
     def _pause(self, attempt, deadline, last):
@@ -303,13 +360,19 @@ class Stream:
         if error.code == "unknown_request":
             self._unknown_at.add(address)
             return len(self._unknown_at) < len(set(self.addresses))
-        return error.body.get("stream") is None and error.retriable
+        # On a stream that has been accepted an error is the request's own, but for the gateway's patience with its reader.
+        own = error.body.get("stream") is not None and self._accepted_at is not None
+        return error.code == "timeout" or (error.retriable and not own)
 
     def _read(self, address):
+        self._accepted_at = None
+        submitted = False
         connection = Connection(address, self.token)
         try:
             window = max(1, min(WINDOW, connection.limits["max_credit"]))
-            connection.send(self._opening(window))
+            opening = self._opening(window)
+            connection.send(opening)
+            submitted = opening["type"] == "submit"
             self._consumed = 0
             while True:
                 message = connection.receive()
@@ -323,12 +386,48 @@ class Stream:
                 elif kind == "token":
                     yield from self._token(connection, message, window)
                 elif kind == "finished":
-                    yield message
+                    self._settled = True
+                    yield self._finished(message)
                     return
                 else:
                     raise ProtocolError(f"no event of a stream: {kind}")
+        except _TRY_ELSEWHERE:
+            self._submits_lost += submitted and self.accepted is None
+            raise
+        except (GeneratorExit, KeyboardInterrupt):
+            # The caller does not want the rest.
+            self._settled = self._settled or self._cancel(connection)
+            raise
+        except KeyError as error:
+            raise ProtocolError(f"a message without {error}") from None
         finally:
             connection.close()
+
+    def _cancel(self, connection):
+        """Cancels the request on a connection, and waits until it has ended: a socket that is closed with bytes in it is
+        reset, and the reset could overtake the cancel. What still comes is thrown away, with credit for all of it. False
+        where it did not work."""
+        give_up = time.monotonic() + CANCEL_TIMEOUT_S
+        with contextlib.suppress(OSError, ProtocolError, ServerError):
+            connection.send({"type": "cancel", "stream": self.STREAM})
+            connection.send({"type": "credit", "stream": self.STREAM, "tokens": connection.limits["max_credit"]})
+            while True:
+                kind = connection.receive(give_up)["type"]
+                if kind in ("finished", "error"):
+                    return kind == "finished"
+        return False
+
+    def _cancel_elsewhere(self):
+        """Cancels a request that no connection holds: resumes it for that alone, at the first gateway that knows it."""
+        if self.accepted is None:
+            return
+        for address in self.addresses:
+            with contextlib.suppress(OSError, ProtocolError, ServerError), contextlib.closing(
+                Connection(address, self.token)
+            ) as connection:
+                connection.send(self._opening(0))
+                if self._cancel(connection):
+                    return
 
     def _opening(self, window):
         if self.accepted is None:
@@ -342,6 +441,9 @@ class Stream:
         }
 
     def _accept(self, message):
+        if self._accepted_at is not None:
+            raise ProtocolError("accepted came twice on one stream")
+        self._accepted_at = time.monotonic()
         if self.accepted is None:
             self.accepted = message
             yield message
@@ -362,6 +464,14 @@ class Stream:
             self.next_position += 1
             yield message
 
+    def _finished(self, message):
+        if message["finish_reason"] == "cancelled":
+            raise Cancelled(
+                f"request {self.accepted['request']} was cancelled after {self.next_position} tokens, and not by this client: "
+                "by another one, or by the gateway because nobody read it; submit it again"
+            )
+        return message
+
 
 def status(address, token=None):
     """The state of the cluster, as the gateway at `address` sees it."""
@@ -376,21 +486,36 @@ def status(address, token=None):
 # --- command line -------------------------------------------------------------------------------------------------
 
 
+def unsigned(bits):
+    """The type of an argument that is sent as an unsigned integer."""
+
+    def parse(text):
+        if not text.isascii() or not text.isdigit() or int(text) >= 1 << bits:
+            raise argparse.ArgumentTypeError(f"{text} is no number from 0 to 2^{bits} - 1")
+        return int(text)
+
+    return parse
+
+
+def token_ids(text):
+    return [unsigned(32)(number) for number in text.split(",")]
+
+
 def arguments():
     parser = argparse.ArgumentParser(description="Streams one completion from an Understudy cluster.")
     parser.add_argument("--addr", action="append", required=True, metavar="HOST:PORT", help="a gateway; repeat for several")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--prompt", help="text to complete")
-    what.add_argument("--token-ids", metavar="ID,ID,…", help="token ids to complete")
+    what.add_argument("--token-ids", type=token_ids, metavar="ID,ID,…", help="token ids to complete")
     what.add_argument("--message", action="append", metavar="ROLE:TEXT", help="a chat message; repeat for several")
     what.add_argument("--status", action="store_true", help="print the state of the cluster instead")
     parser.add_argument("--model")
-    parser.add_argument("--max-tokens", type=int)
+    parser.add_argument("--max-tokens", type=unsigned(32))
     parser.add_argument("--temperature", type=float)
-    parser.add_argument("--seed", type=int)
+    parser.add_argument("--seed", type=unsigned(64))
     parser.add_argument("--stop", action="append", metavar="TEXT", help="text that ends the output; repeat for several")
     parser.add_argument("--logprobs", action="store_true")
-    parser.add_argument("--deadline-ms", type=int)
+    parser.add_argument("--deadline-ms", type=unsigned(64))
     parser.add_argument("--token", help="access token")
     parser.add_argument("--recovery-timeout", type=float, default=30.0, metavar="SECONDS")
     parser.add_argument("--json", action="store_true", help="print events, one JSON object a line")
@@ -401,8 +526,10 @@ def request_of(options):
     if options.prompt is not None:
         source = {"prompt": options.prompt}
     elif options.token_ids is not None:
-        source = {"token_ids": [int(number) for number in options.token_ids.split(",")]}
+        source = {"token_ids": options.token_ids}
     else:
+        if any(":" not in message for message in options.message):
+            raise ValueError("a --message is ROLE:TEXT")
         pairs = [message.split(":", 1) for message in options.message]
         source = {"messages": [{"role": role, "content": content} for role, content in pairs]}
     sampling = {
@@ -436,8 +563,9 @@ def main():
             print(json.dumps(status(options.addr[0], options.token), indent=None if options.json else 2))
             return 0
         stream = Stream(options.addr, request_of(options), options.token, options.recovery_timeout)
-        for event in stream:
-            show(event, options.json)
+        with contextlib.closing(iter(stream)) as events:
+            for event in events:
+                show(event, options.json)
         if not options.json:
             print()
         return 0
@@ -445,8 +573,10 @@ def main():
         if options.json:
             show(error.body, True)
         print(f"error: {error}", file=sys.stderr)
-    except (ProtocolError, OSError) as error:
+    except (ProtocolError, TooLarge, Cancelled, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
+    except KeyboardInterrupt:
+        return 130
     except ValueError as error:
         print(f"error: {error}; see --help", file=sys.stderr)
         return 2

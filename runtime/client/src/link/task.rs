@@ -18,9 +18,10 @@ use tracing::debug;
 use understudy_protocol::message::{ClientMessage, ClusterStatus, ServerMessage};
 use understudy_protocol::{FrameDecoder, decode_server, encode};
 
-use super::{Command, MAX_CALLS};
+use super::{Command, MAX_CALLS, Slot};
 use crate::error::LostReason;
 use crate::options::Options;
+use crate::time::after;
 
 /// Bytes to send above which no command is taken.
 const OUT_HIGH_BYTES: usize = 1024 * 1024;
@@ -37,6 +38,8 @@ pub(super) struct Task {
     next_nonce: u64,
     /// Answers come in the order of the questions.
     statuses: VecDeque<oneshot::Sender<ClusterStatus>>,
+    /// The most credit that one stream can hold.
+    max_credit: u32,
     interval: Duration,
     timeout: Duration,
     last_received: Instant,
@@ -49,11 +52,17 @@ pub(super) struct Task {
 
 struct Entry {
     events: mpsc::Sender<ServerMessage>,
+    /// Token events that may still come.
+    credit: u32,
     cancelled: bool,
+    /// Nobody reads it any more: what comes is thrown away, but for the terminal event, which who left may want to know.
+    left: Option<oneshot::Sender<ServerMessage>>,
+    /// Comes free with the entry.
+    _slot: Slot,
 }
 
 impl Task {
-    pub fn new(decoder: FrameDecoder, options: &Options) -> Self {
+    pub fn new(decoder: FrameDecoder, options: &Options, max_credit: u32) -> Self {
         let now = Instant::now();
         Self {
             decoder,
@@ -62,6 +71,7 @@ impl Task {
             pings: HashMap::new(),
             next_nonce: 0,
             statuses: VecDeque::new(),
+            max_credit,
             interval: options.keepalive_interval,
             timeout: options.keepalive_timeout,
             last_received: now,
@@ -153,22 +163,22 @@ impl Task {
     /// The earliest moment at which [`tick`](Self::tick) has something to do.
     fn next_timer(&self) -> Instant {
         let ping = self.next_ping();
-        let silent = self.last_received + self.timeout;
-        let stalled = self.stalled_since.map(|since| since + self.timeout);
+        let silent = after(self.last_received, self.timeout);
+        let stalled = self.stalled_since.map(|since| after(since, self.timeout));
         ping.min(silent).min(stalled.unwrap_or(silent))
     }
 
     /// A ping is due when one side has said nothing for an interval, and not more often than once an interval.
     fn next_ping(&self) -> Instant {
         let quiet_since = self.last_received.min(self.last_sent);
-        quiet_since.max(self.last_ping) + self.interval
+        after(quiet_since.max(self.last_ping), self.interval)
     }
 
     fn tick(&mut self, now: Instant) -> Result<(), LostReason> {
         let stalled = self
             .stalled_since
-            .is_some_and(|since| now >= since + self.timeout);
-        if stalled || now >= self.last_received + self.timeout {
+            .is_some_and(|since| now >= after(since, self.timeout));
+        if stalled || now >= after(self.last_received, self.timeout) {
             return Err(LostReason::Silent(self.timeout));
         }
         if now >= self.next_ping() {
@@ -185,23 +195,33 @@ impl Task {
             Command::Open {
                 stream,
                 frame,
+                credit,
                 events,
+                slot,
             } => {
                 self.out.extend_from_slice(&frame);
-                self.streams.insert(
-                    stream,
-                    Entry {
-                        events,
-                        cancelled: false,
-                    },
-                );
+                let entry = Entry {
+                    events,
+                    credit,
+                    cancelled: false,
+                    left: None,
+                    _slot: slot,
+                };
+                self.streams.insert(stream, entry);
                 Ok(())
             }
-            Command::Credit { stream, tokens } if self.streams.contains_key(&stream) => {
-                self.send(&ClientMessage::Credit { stream, tokens })
-            }
-            Command::Credit { .. } => Ok(()),
+            Command::Credit { stream, tokens } => self.credit(stream, tokens),
             Command::Cancel { stream } => self.cancel(stream),
+            Command::Leave {
+                stream,
+                cancel,
+                events,
+                ended,
+            } => {
+                let left = self.leave(stream, cancel, ended);
+                drop(events);
+                left
+            }
             Command::Ping(answer) => {
                 if self.pings.len() >= MAX_CALLS {
                     return Ok(());
@@ -260,18 +280,31 @@ impl Task {
         }
     }
 
-    /// Hands an event to its stream; one whose caller has gone is cancelled.
+    /// Hands an event to its stream; one whose owner has gone without a word is cancelled.
     fn deliver(
         &mut self,
         stream: u32,
         message: ServerMessage,
         terminal: bool,
     ) -> Result<(), LostReason> {
-        let Some(entry) = self.streams.get(&stream) else {
+        let Some(entry) = self.streams.get_mut(&stream) else {
             return Err(LostReason::Protocol(format!(
                 "event for stream {stream}, which is not open"
             )));
         };
+        if matches!(message, ServerMessage::Token(_)) {
+            entry.credit = entry.credit.checked_sub(1).ok_or_else(|| {
+                LostReason::Protocol(format!(
+                    "more events for stream {stream} than it gave credit for"
+                ))
+            })?;
+        }
+        if entry.left.is_some() {
+            if terminal && let Some(ended) = self.streams.remove(&stream).and_then(|e| e.left) {
+                let _ = ended.send(message);
+            }
+            return Ok(());
+        }
         let sent = entry.events.try_send(message);
         if terminal {
             self.streams.remove(&stream);
@@ -279,10 +312,20 @@ impl Task {
         match sent {
             Ok(()) => Ok(()),
             Err(mpsc::error::TrySendError::Closed(_)) if terminal => Ok(()),
-            Err(mpsc::error::TrySendError::Closed(_)) => self.cancel(stream),
+            Err(mpsc::error::TrySendError::Closed(_)) => self.abandon(stream),
             Err(mpsc::error::TrySendError::Full(_)) => Err(LostReason::Protocol(format!(
-                "more events for stream {stream} than it gave credit for"
+                "more messages for stream {stream} than it has events"
             ))),
+        }
+    }
+
+    fn credit(&mut self, stream: u32, tokens: u32) -> Result<(), LostReason> {
+        match self.streams.get_mut(&stream) {
+            Some(entry) => {
+                entry.credit = entry.credit.saturating_add(tokens);
+                self.send(&ClientMessage::Credit { stream, tokens })
+            }
+            None => Ok(()),
         }
     }
 
@@ -296,17 +339,40 @@ impl Task {
         }
     }
 
-    /// Cancels streams whose caller went while the command queue was full.
+    /// Nobody reads the stream any more. Its terminal event waits for credit for the tokens before it, and its number for
+    /// the terminal event, so it gets all the credit that there is; after the cancel, for no more tokens than needed.
+    fn leave(
+        &mut self,
+        stream: u32,
+        cancel: bool,
+        ended: oneshot::Sender<ServerMessage>,
+    ) -> Result<(), LostReason> {
+        let Some(entry) = self.streams.get_mut(&stream) else {
+            // Its end has been delivered already, to a queue that nobody has read.
+            return Ok(());
+        };
+        entry.left = Some(ended);
+        if cancel {
+            self.cancel(stream)?;
+        }
+        self.credit(stream, self.max_credit)
+    }
+
+    /// Its owner went without a word, as a task that has panicked does.
+    fn abandon(&mut self, stream: u32) -> Result<(), LostReason> {
+        self.leave(stream, true, oneshot::channel().0)
+    }
+
     fn cancel_abandoned(&mut self) -> Result<(), LostReason> {
         let abandoned: Vec<u32> = self
             .streams
             .iter()
-            .filter(|(_, entry)| entry.events.is_closed())
+            .filter(|(_, entry)| entry.events.is_closed() && entry.left.is_none())
             .map(|(&stream, _)| stream)
             .collect();
         abandoned
             .into_iter()
-            .try_for_each(|stream| self.cancel(stream))
+            .try_for_each(|stream| self.abandon(stream))
     }
 
     fn nonce(&mut self) -> u64 {
@@ -318,13 +384,13 @@ impl Task {
         encode(message, &mut self.out).map(|_| ()).map_err(broken)
     }
 
-    /// The last handle is gone: cancels what still runs, and waits for the answers. A socket that is closed with
-    /// received bytes in it is reset, and the reset could overtake the cancel.
+    /// The last handle is gone: waits for the answers to what was cancelled. A socket that is closed with received bytes
+    /// in it is reset, and the reset could overtake the cancel. What was left to go on does so without this connection.
     async fn drain(&mut self, socket: &mut TcpStream) {
         let drained = async {
             self.cancel_abandoned()?;
             socket.write_all_buf(&mut self.out).await?;
-            while !self.streams.is_empty() {
+            while self.streams.values().any(|entry| entry.cancelled) {
                 if socket.read_buf(self.decoder.buffer_mut()).await? == 0 {
                     return Err(LostReason::Closed);
                 }

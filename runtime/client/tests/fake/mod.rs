@@ -1,24 +1,25 @@
 //! Gateways that speak the protocol and make up their tokens: position and seed decide everything, so that a stream
 //! can be checked whatever happened to it. Faults are scripted, each for one position and once.
+//!
+//! As strict as the protocol allows: a terminal event waits for credit for the tokens before it, a cancel included, and a
+//! request without a reader is cancelled after a grace.
 
 #![allow(dead_code, reason = "each test binary uses a part")]
+
+mod connection;
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 
-use bytes::BytesMut;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::TcpListener;
 use tokio::task::JoinHandle;
-use understudy_client::protocol::message::{
-    ClientMessage, ClusterStatus, FinishReason, Limits, ServerMessage, TokenEvent, TopLogprob,
-    Usage,
-};
-use understudy_client::protocol::{
-    AccessTokens, ConnectionRules, CreditBalance, ErrorBody, ErrorCode, FrameDecoder,
-    PROTOCOL_VERSION, RequestId, Step, decode_client, encode, stream_of,
-};
+use understudy_client::protocol::message::{TokenEvent, TopLogprob};
+use understudy_client::protocol::{ErrorCode, PROTOCOL_VERSION, RequestId};
+use understudy_client::{Error, Event, Stream};
+
+use self::connection::Connection;
 
 /// What happens to the stream that is about to send a position.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -37,6 +38,9 @@ pub enum Fault {
     Flood(u32),
 }
 
+/// Tokens that a request is ahead of its reader when it is cancelled.
+const AHEAD: u32 = 1;
+
 /// What the gateways of one cluster share.
 #[derive(Default)]
 pub struct Cluster {
@@ -45,12 +49,30 @@ pub struct Cluster {
     pub total: u32,
     pub max_credit: u32,
     pub token: Option<String>,
+    /// How long a request goes on without a reader; for ever where there is none.
+    pub resume_grace: Option<Duration>,
 }
 
 #[derive(Clone)]
 struct Record {
     seed: u64,
+    /// Where it ends.
+    end: u32,
     cancelled: bool,
+    /// The first position that no reader has been sent.
+    sent: u32,
+    readers: u32,
+    /// When the last reader went.
+    left: Option<Instant>,
+}
+
+impl Record {
+    fn cancel(&mut self) {
+        if !self.cancelled && self.sent < self.end {
+            self.cancelled = true;
+            self.end = self.end.min(self.sent + AHEAD);
+        }
+    }
 }
 
 /// Faults and counters of one gateway.
@@ -65,6 +87,16 @@ pub struct Script {
     pub forgets: bool,
     /// Resumed requests bear another seed.
     pub changes_seed: bool,
+    /// Requests are accepted twice.
+    pub accepts_twice: bool,
+    /// This many submits end the connection before they are accepted.
+    pub submits_to_lose: u32,
+    /// No token is sent for now.
+    pub holds: bool,
+    /// A submit is answered with what is no message.
+    pub garbles: bool,
+    /// This many resumes are refused as `overloaded`.
+    pub resumes_to_refuse: u32,
     pub submits: u32,
     pub resumes: u32,
     pub cancels: u32,
@@ -114,7 +146,35 @@ impl Cluster {
     }
 
     pub fn is_cancelled(&self, request: RequestId) -> bool {
-        self.requests.lock().unwrap()[&request].cancelled
+        self.record(request).unwrap().cancelled
+    }
+
+    /// Whether a connection reads the request now.
+    pub fn is_read(&self, request: RequestId) -> bool {
+        self.record(request).unwrap().readers > 0
+    }
+
+    /// Whether a connection reads any request now.
+    pub fn is_read_at_all(&self) -> bool {
+        let requests = self.requests.lock().unwrap();
+        requests.values().any(|record| record.readers > 0)
+    }
+
+    /// The request as it is now: cancelled, if the grace for its readers is over.
+    fn record(&self, request: RequestId) -> Option<Record> {
+        self.change(request, |record| {
+            let left = record.left.filter(|_| record.readers == 0);
+            if let (Some(left), Some(grace)) = (left, self.resume_grace)
+                && left.elapsed() >= grace
+            {
+                record.cancel();
+            }
+            record.clone()
+        })
+    }
+
+    fn change<T>(&self, request: RequestId, change: impl FnOnce(&mut Record) -> T) -> Option<T> {
+        self.requests.lock().unwrap().get_mut(&request).map(change)
     }
 }
 
@@ -126,6 +186,11 @@ impl Gateway {
     /// The gateway's process is gone: nothing listens, every connection is closed.
     pub fn kill(&self) {
         self.task.abort();
+        self.cut_connections();
+    }
+
+    /// Every connection there is now is closed.
+    pub fn cut_connections(&self) {
         for connection in self.connections.lock().unwrap().drain(..) {
             connection.abort();
         }
@@ -171,332 +236,26 @@ async fn accept(
     }
 }
 
-struct Stream {
-    request: RequestId,
-    seed: u64,
-    position: u32,
-    credit: CreditBalance,
-    outstanding: u32,
-}
-
-struct Connection {
-    socket: TcpStream,
-    cluster: Arc<Cluster>,
-    script: Arc<Mutex<Script>>,
-    rules: ConnectionRules,
-    streams: HashMap<u32, Stream>,
-    out: BytesMut,
-    written: usize,
-    hung: bool,
-}
-
-/// The connection is over.
-struct Over;
-
-impl Connection {
-    fn new(socket: TcpStream, cluster: Arc<Cluster>, script: Arc<Mutex<Script>>) -> Self {
-        let tokens = AccessTokens::new(cluster.token.clone());
-        Self {
-            socket,
-            rules: ConnectionRules::new(tokens, &limits(&cluster)),
-            cluster,
-            script,
-            streams: HashMap::new(),
-            out: BytesMut::new(),
-            written: 0,
-            hung: false,
+/// The error that a stream ends with.
+pub async fn error_of(stream: &mut Stream) -> Error {
+    loop {
+        match stream.next().await {
+            Ok(Some(Event::Finished(finished))) => panic!("finished: {finished:?}"),
+            Ok(event) => assert!(event.is_some(), "ended without an error"),
+            Err(error) => return error,
         }
-    }
-
-    async fn run(mut self) {
-        self.socket.set_nodelay(true).unwrap();
-        let mut decoder = FrameDecoder::new(limits(&self.cluster).max_frame_bytes as usize);
-        loop {
-            match decoder.next_frame() {
-                Ok(Some(payload)) => {
-                    let going_on = self.receive(&payload).and_then(|()| self.pump());
-                    if self.flush().await.is_err() || going_on.is_err() {
-                        return;
-                    }
-                    continue;
-                }
-                Ok(None) => {}
-                Err(error) => {
-                    self.send(&refusal(error.into()));
-                    let _ = self.flush().await;
-                    return;
-                }
-            }
-            match self.socket.read_buf(decoder.buffer_mut()).await {
-                Ok(0) | Err(_) => return,
-                Ok(_) => {}
-            }
-        }
-    }
-
-    fn receive(&mut self, payload: &[u8]) -> Result<(), Over> {
-        let message = match decode_client(payload) {
-            Ok(message) => message,
-            Err(error) if error.code == ErrorCode::InvalidRequest => {
-                let stream = stream_of(payload);
-                self.send(&ServerMessage::Error {
-                    stream,
-                    request: None,
-                    error,
-                });
-                return Ok(());
-            }
-            Err(error) => {
-                self.send(&refusal(error));
-                return Err(Over);
-            }
-        };
-        match self.rules.receive(&message) {
-            Step::Welcome { version } => self.send(&ServerMessage::Welcome {
-                version,
-                node: "fake".to_owned(),
-                server: "fake/0".to_owned(),
-                limits: limits(&self.cluster),
-            }),
-            Step::Deliver => self.act(message),
-            Step::Ignore => {}
-            Step::Refuse { stream, error } => self.send(&ServerMessage::Error {
-                stream: Some(stream),
-                request: None,
-                error,
-            }),
-            Step::Close(error) => {
-                self.send(&refusal(error));
-                return Err(Over);
-            }
-        }
-        Ok(())
-    }
-
-    fn act(&mut self, message: ClientMessage) {
-        match message {
-            ClientMessage::Submit(submit) => {
-                let request = RequestId(fastrand::u128(..));
-                let seed = submit.sampling.seed.unwrap_or_else(|| fastrand::u64(..));
-                let record = Record {
-                    seed,
-                    cancelled: false,
-                };
-                self.cluster
-                    .requests
-                    .lock()
-                    .unwrap()
-                    .insert(request, record);
-                self.script.lock().unwrap().submits += 1;
-                self.begin(submit.stream, request, seed, 0, submit.credit);
-            }
-            ClientMessage::Resume {
-                stream,
-                request,
-                next_position,
-                credit,
-            } => {
-                let (repeat, forgets, changes_seed) = {
-                    let mut script = self.script.lock().unwrap();
-                    script.resumes += 1;
-                    (script.repeat, script.forgets, script.changes_seed)
-                };
-                let record = self.cluster.requests.lock().unwrap().get(&request).cloned();
-                match record.filter(|_| !forgets) {
-                    Some(Record { seed, .. }) => {
-                        let seed = seed ^ u64::from(changes_seed);
-                        let from = next_position.saturating_sub(repeat);
-                        self.begin(stream, request, seed, from, credit);
-                    }
-                    None => self.fail(stream, ErrorCode::UnknownRequest),
-                }
-            }
-            ClientMessage::Cancel { stream } => {
-                self.script.lock().unwrap().cancels += 1;
-                let request = self.streams[&stream].request;
-                self.cluster
-                    .requests
-                    .lock()
-                    .unwrap()
-                    .get_mut(&request)
-                    .unwrap()
-                    .cancelled = true;
-                self.finish(stream, FinishReason::Cancelled);
-            }
-            ClientMessage::Credit { stream, tokens } => {
-                let stream = self.streams.get_mut(&stream).unwrap();
-                stream.credit.grant(tokens);
-                stream.outstanding -= tokens;
-            }
-            ClientMessage::Ping { nonce } => {
-                self.script.lock().unwrap().pings += 1;
-                if !self.hung {
-                    self.send(&ServerMessage::Pong { nonce });
-                }
-            }
-            ClientMessage::Status {} => self.send(&ServerMessage::Status(ClusterStatus {
-                cluster: "fake".to_owned(),
-                ..ClusterStatus::default()
-            })),
-            ClientMessage::Hello { .. } => unreachable!("the rules take hello"),
-        }
-    }
-
-    fn begin(&mut self, number: u32, request: RequestId, seed: u64, position: u32, credit: u32) {
-        let credit = CreditBalance::new(credit, self.cluster.max_credit);
-        let stream = Stream {
-            request,
-            seed,
-            position,
-            credit,
-            outstanding: 0,
-        };
-        self.streams.insert(number, stream);
-        self.send(&ServerMessage::Accepted {
-            stream: number,
-            request,
-            prompt_tokens: 3,
-            seed,
-        });
-    }
-
-    /// Sends whatever credit allows.
-    fn pump(&mut self) -> Result<(), Over> {
-        let mut numbers: Vec<u32> = self.streams.keys().copied().collect();
-        numbers.sort_unstable();
-        for number in numbers {
-            while self.step(number)? {}
-        }
-        Ok(())
-    }
-
-    fn step(&mut self, number: u32) -> Result<bool, Over> {
-        if self.hung {
-            return Ok(false);
-        }
-        let Some(stream) = self.streams.get_mut(&number) else {
-            return Ok(false);
-        };
-        let position = stream.position;
-        if let Some(fault) = take_fault(&self.script, position) {
-            return self.strike(number, position, fault);
-        }
-        if position == self.cluster.total {
-            self.finish(number, FinishReason::Length);
-            return Ok(false);
-        }
-        if !stream.credit.spend() {
-            return Ok(false);
-        }
-        stream.position += 1;
-        stream.outstanding += 1;
-        let outstanding = stream.outstanding;
-        let event = token(number, stream.seed, position);
-        let mut script = self.script.lock().unwrap();
-        script.most_outstanding = script.most_outstanding.max(outstanding);
-        drop(script);
-        self.send(&ServerMessage::Token(event));
-        Ok(true)
-    }
-
-    fn strike(&mut self, number: u32, position: u32, fault: Fault) -> Result<bool, Over> {
-        match fault {
-            Fault::Cut => Err(Over),
-            Fault::Hang => {
-                self.hung = true;
-                Ok(false)
-            }
-            Fault::Fail(code) => {
-                self.fail(number, code);
-                Ok(false)
-            }
-            Fault::Refuse(code) => {
-                self.send(&refusal(ErrorBody::new(code, "scripted")));
-                Err(Over)
-            }
-            Fault::Skip(positions) => {
-                self.streams.get_mut(&number).unwrap().position += positions;
-                Ok(true)
-            }
-            Fault::Flood(times) => {
-                let seed = self.streams[&number].seed;
-                for _ in 0..times {
-                    self.send(&ServerMessage::Token(token(number, seed, position)));
-                }
-                Ok(true)
-            }
-        }
-    }
-
-    fn finish(&mut self, stream: u32, finish_reason: FinishReason) {
-        let position = self.streams.remove(&stream).unwrap().position;
-        self.rules.ended(stream);
-        self.send(&ServerMessage::Finished {
-            stream,
-            finish_reason,
-            usage: Usage {
-                prompt_tokens: 3,
-                completion_tokens: position,
-            },
-            text: "end".to_owned(),
-        });
-    }
-
-    fn fail(&mut self, stream: u32, code: ErrorCode) {
-        let request = self.streams.remove(&stream).map(|stream| stream.request);
-        self.rules.ended(stream);
-        self.send(&ServerMessage::Error {
-            stream: Some(stream),
-            request,
-            error: ErrorBody::new(code, "scripted"),
-        });
-    }
-
-    fn send(&mut self, message: &ServerMessage) {
-        encode(message, &mut self.out).unwrap();
-    }
-
-    async fn flush(&mut self) -> Result<(), Over> {
-        let room = {
-            let mut script = self.script.lock().unwrap();
-            let room = script
-                .cut_after_bytes
-                .map(|limit| limit.saturating_sub(self.written));
-            if room.is_some_and(|room| room <= self.out.len()) {
-                script.cut_after_bytes = None;
-                room
-            } else {
-                None
-            }
-        };
-        let cut = room.is_some();
-        let bytes = self.out.split_to(room.unwrap_or(self.out.len()));
-        self.written += bytes.len();
-        self.socket.write_all(&bytes).await.map_err(|_| Over)?;
-        if cut { Err(Over) } else { Ok(()) }
     }
 }
 
-fn take_fault(script: &Mutex<Script>, position: u32) -> Option<Fault> {
-    let mut script = script.lock().unwrap();
-    let index = script.faults.iter().position(|&(at, _)| at == position)?;
-    Some(script.faults.remove(index).1)
-}
-
-fn limits(cluster: &Cluster) -> Limits {
-    Limits {
-        max_frame_bytes: 4096,
-        max_streams: 64,
-        max_credit: cluster.max_credit,
-    }
-}
-
-fn refusal(error: ErrorBody) -> ServerMessage {
-    ServerMessage::Error {
-        stream: None,
-        request: None,
-        error,
-    }
+/// Waits until a condition holds; a test that waits longer than this has failed.
+pub async fn until(mut condition: impl FnMut() -> bool) {
+    tokio::time::timeout(Duration::from_secs(10), async {
+        while !condition() {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    })
+    .await
+    .expect("condition within 10 s");
 }
 
 /// The version the gateways speak.
