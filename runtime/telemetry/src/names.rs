@@ -112,6 +112,12 @@ metrics_table! {
         "Prompt tokens computed.";
     GENERATION_TOKENS = "vllm:generation_tokens_total", Counter, Count, REPLICA,
         "Output tokens computed; tokens that are replayed after a fault are not counted again.";
+    PREFIX_CACHE_QUERIES = "vllm:prefix_cache_queries_total", Counter, Count, REPLICA,
+        "Prompt tokens looked up in the prefix cache; 0 where the engine has none.";
+    PREFIX_CACHE_HITS = "vllm:prefix_cache_hits_total", Counter, Count, REPLICA,
+        "Prompt tokens found in the prefix cache; 0 where the engine has none.";
+    PREEMPTIONS = "vllm:num_preemptions_total", Counter, Count, REPLICA,
+        "Requests set back to make room; 0 where the engine never does that.";
     REQUEST_SUCCESS = "vllm:request_success_total", Counter, Count, &[MODEL, ENGINE, "finished_reason"],
         "Requests that ended, by the reason they ended for.";
     TIME_TO_FIRST_TOKEN = "vllm:time_to_first_token_seconds", Histogram(FIRST_TOKEN_BUCKETS), Seconds, REPLICA,
@@ -138,13 +144,15 @@ metrics_table! {
     RECOVERIES = "understudy_recoveries_total", Counter, Count, &["cause", "stage"],
         "Takeovers after a fault that brought the request's next token, by the fault and by how far the request had come.";
     RECOVERY_STALL = "understudy_recovery_stall_seconds", Histogram(STALL_BUCKETS), Seconds, &[],
-        "Time from the moment that a fault was seen or suspected to the request's next token.";
+        "Pause that a takeover made in a request's tokens: from the last token before the fault to the next one, detection included.";
     REPLAYED_TOKENS = "understudy_replayed_tokens_total", Counter, Count, &["source"],
         "Committed tokens whose state was rebuilt after a fault, from saved KV blocks or by computing again.";
     FENCED_MESSAGES = "understudy_fenced_messages_total", Counter, Count, &["source"],
         "Messages that were dropped because they came from a superseded attempt or for a wrong position.";
     WORKER_RESTARTS = "understudy_worker_restarts_total", Counter, Count, &["worker", "cause"],
         "Engine processes that were replaced.";
+    QUARANTINED_REQUESTS = "understudy_quarantined_requests_total", Counter, Count, &[],
+        "Requests that were ended because too many engines died on them.";
     JOURNAL_COMMIT = "understudy_journal_commit_seconds", Histogram(COMMIT_BUCKETS), Seconds, &[],
         "Time to make a batch of tokens as durable as the configuration asks.";
     HEARTBEAT_AGE = "understudy_heartbeat_age_seconds", Gauge, Seconds, &["peer"],

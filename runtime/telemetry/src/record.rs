@@ -143,6 +143,7 @@ pub(crate) fn register_all() {
     for source in FenceSource::ALL {
         fenced_messages(*source, 0);
     }
+    counter!(names::QUARANTINED_REQUESTS).increment(0);
 }
 
 /// The same for the codes of [`request_error`] and [`protocol_error`], which the protocol knows and this crate does not.
@@ -179,6 +180,11 @@ pub fn fenced_messages(source: FenceSource, count: u64) {
 pub fn worker_restart(worker: &str, cause: RestartCause) {
     counter!(names::WORKER_RESTARTS, "worker" => worker.to_owned(), "cause" => cause.label())
         .increment(1);
+}
+
+/// A request was ended because too many engines died on it.
+pub fn quarantined_request() {
+    counter!(names::QUARANTINED_REQUESTS).increment(1);
 }
 
 /// Number of other nodes in a state.
@@ -239,6 +245,14 @@ impl ReplicaMetrics {
         }
         let (model, engine) = (model.to_owned(), replica.to_string());
         let labels = [(MODEL, model.clone()), (ENGINE, engine.clone())];
+        // Dashboards read these; there is neither a prefix cache nor preemption yet.
+        for name in [
+            names::PREFIX_CACHE_QUERIES,
+            names::PREFIX_CACHE_HITS,
+            names::PREEMPTIONS,
+        ] {
+            counter!(name, &labels).increment(0);
+        }
         let metrics = Self {
             running: gauge!(names::REQUESTS_RUNNING, &labels),
             waiting: gauge!(names::REQUESTS_WAITING, &labels),

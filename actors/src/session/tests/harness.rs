@@ -83,7 +83,11 @@ impl Gateway {
                 .await
                 .expect("a keeper")
                 .0,
-            settings: Settings { max_attempts: 2 },
+            settings: Settings {
+                max_attempts: 2,
+                max_engine_deaths: 2,
+                no_replica_timeout: PATIENCE,
+            },
             metrics: MetricsCache::default(),
             max_credit: 100,
             resume_grace: PATIENCE,

@@ -9,7 +9,7 @@ use super::exit::{Exit, Failure};
 use super::gateways::Gateways;
 
 /// The `error` object. The codes are the protocol's, and a few for what only a client can see: `connect`,
-/// `connection_lost`, `not_recovered`, `no_answer`, `too_large`, `busy`, `protocol`.
+/// `connection_lost`, `not_recovered`, `submit_lost`, `cancelled`, `no_answer`, `too_large`, `busy`, `options`, `protocol`.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Trouble {
     pub code: String,
@@ -48,6 +48,9 @@ impl From<&Error> for Trouble {
             Error::NoAddress | Error::Connect { .. } => "connect".to_owned(),
             Error::Lost { .. } => "connection_lost".to_owned(),
             Error::NotRecovered { .. } => "not_recovered".to_owned(),
+            Error::SubmitLost { .. } => "submit_lost".to_owned(),
+            Error::Cancelled { .. } => "cancelled".to_owned(),
+            Error::InvalidOptions { .. } => "options".to_owned(),
             Error::Timeout { .. } => "no_answer".to_owned(),
             Error::TooLarge { .. } => "too_large".to_owned(),
             Error::Busy { .. } => "busy".to_owned(),
@@ -66,7 +69,7 @@ impl From<&Error> for Trouble {
 /// How the command ends on this error.
 pub fn exit_of(error: &Error) -> Exit {
     match error {
-        Error::NoAddress => Exit::Usage,
+        Error::NoAddress | Error::InvalidOptions { .. } => Exit::Usage,
         Error::Server(body) => Exit::of_server_error(body),
         Error::Connect { reason, .. } => match reason {
             LostReason::Refused(body) => Exit::of_server_error(body),
