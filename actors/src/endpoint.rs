@@ -105,6 +105,7 @@ impl Actor for Endpoint {
                 start,
             } => state.dispatch(gateway, &replica, start),
             EndpointMsg::Cancel { replica, attempt } => {
+                state.links.settle(attempt);
                 if let Some(worker) = state.worker(&replica) {
                     worker.cast(WorkerMsg::Cancel(attempt)).ok();
                 }
@@ -114,6 +115,7 @@ impl Actor for Endpoint {
                 state.links.send(&peer, state.report()).ok();
             }
             EndpointMsg::PeerDown(peer) => {
+                state.links.forget(&peer);
                 for entry in state.replicas.values() {
                     if let Some(worker) = &entry.worker {
                         worker.cast(WorkerMsg::GatewayDown(peer.clone())).ok();
@@ -122,6 +124,7 @@ impl Actor for Endpoint {
             }
             EndpointMsg::Tick => {
                 state.measure();
+                state.links.tell_owed();
                 state.links.broadcast(&state.report());
             }
         }
@@ -167,5 +170,100 @@ impl EndpointState {
                 .map(|entry| entry.report.clone())
                 .collect(),
         )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::peer::LossCause;
+    use crate::peer::testing::{FakeNetwork, start};
+
+    fn replica() -> ReplicaId {
+        ReplicaId {
+            model: "m".into(),
+            index: 0,
+        }
+    }
+
+    /// What the gateway hears apart from reports, after the endpoint has handled everything that was cast before.
+    async fn heard(network: &FakeNetwork, endpoint: &ActorRef<EndpointMsg>) -> Vec<PeerMessage> {
+        endpoint.cast(EndpointMsg::Tick).unwrap();
+        let (done, handled) = tokio::sync::oneshot::channel();
+        let message = EndpointMsg::Replica {
+            report: Box::new(report(ReplicaState::Starting)),
+            worker: None,
+            urgent: false,
+            published: Some(done.into()),
+        };
+        endpoint.cast(message).unwrap();
+        handled.await.unwrap();
+        let mut sent = network.sent();
+        sent.retain(|message| !matches!(message, PeerMessage::Report(_)));
+        sent
+    }
+
+    fn report(state: ReplicaState) -> ReplicaReport {
+        ReplicaReport {
+            replica: replica(),
+            state,
+            capacity: 1,
+            fingerprint: String::new(),
+            status: understudy_protocol::message::ReplicaStatus {
+                model: "m".into(),
+                node: "host".into(),
+                replica: 0,
+                state: state.as_str().into(),
+                in_flight: 0,
+                workers: Vec::new(),
+            },
+        }
+    }
+
+    /// An endpoint without a worker, which has refused attempt 1 to a gateway that had no room for the refusal.
+    async fn with_an_unheard_refusal() -> (FakeNetwork, ActorRef<EndpointMsg>) {
+        let network = FakeNetwork::new();
+        let (endpoint, _) = Actor::spawn(None, Endpoint, network.links()).await.unwrap();
+        network.fill();
+        let dispatch = EndpointMsg::Dispatch {
+            gateway: network.peer(),
+            replica: replica(),
+            start: start(1, 1),
+        };
+        endpoint.cast(dispatch).unwrap();
+        assert_eq!(heard(&network, &endpoint).await, []);
+        (network, endpoint)
+    }
+
+    #[tokio::test]
+    async fn a_gateway_hears_with_the_next_tick_what_it_had_no_room_for() {
+        let (network, endpoint) = with_an_unheard_refusal().await;
+        network.drain();
+        let attempts = vec![start(1, 1).attempt];
+        let cause = LossCause::Gap;
+        let lost = PeerMessage::Lost { attempts, cause };
+        assert_eq!(heard(&network, &endpoint).await, [lost]);
+        assert_eq!(heard(&network, &endpoint).await, []);
+        endpoint.stop(None);
+    }
+
+    #[tokio::test]
+    async fn nothing_is_owed_for_what_a_gateway_cancelled_or_to_one_that_is_gone() {
+        for gone in [false, true] {
+            let (network, endpoint) = with_an_unheard_refusal().await;
+            let message = match gone {
+                true => EndpointMsg::PeerDown(network.peer()),
+                false => EndpointMsg::Cancel {
+                    replica: replica(),
+                    attempt: start(1, 1).attempt,
+                },
+            };
+            endpoint.cast(message).unwrap();
+            // Handled before it has room, or the next tick may come first.
+            assert_eq!(heard(&network, &endpoint).await, []);
+            network.drain();
+            assert_eq!(heard(&network, &endpoint).await, [], "gone: {gone}");
+            endpoint.stop(None);
+        }
     }
 }

@@ -8,12 +8,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use ractor::{Actor, ActorProcessingErr, ActorRef};
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+use tokio::sync::{OwnedSemaphorePermit, mpsc};
 use tokio::time::timeout;
-use understudy_cluster::{PeerId, SendError};
-use understudy_engine_core::codec::{self, FrameDecoder};
+use understudy_cluster::PeerId;
 use understudy_engine_core::frame::{
     AttemptId, ENGINE_PROTOCOL, EngineCommand, EngineEvent, EngineHealth, EngineInfo, StepToken,
 };
@@ -24,6 +21,7 @@ use crate::replica::ReplicaMsg;
 pub mod hang;
 mod offer;
 pub mod process;
+mod socket;
 
 pub use self::offer::Offer;
 
@@ -32,9 +30,6 @@ use self::process::{EngineProcess, EngineSpec};
 
 /// How often a worker looks after its engine.
 const TICK: Duration = Duration::from_millis(50);
-
-/// Engine frames that may wait in the worker's mailbox; the engine's socket fills up behind them.
-const MAX_FRAMES_IN_MAILBOX: usize = 1024;
 
 /// Commands that may wait for the engine. Full means that the engine does not read: it is treated as hung.
 const MAX_COMMANDS: usize = 8192;
@@ -80,7 +75,6 @@ pub struct WorkerState {
     engine: EngineProcess,
     commands: mpsc::Sender<EngineCommand>,
     in_flight: HashMap<AttemptId, PeerId>,
-    owed: HashMap<PeerId, Vec<AttemptId>>,
     detector: HangDetector,
     started_at: Instant,
     ready: bool,
@@ -99,8 +93,8 @@ impl Actor for Worker {
         let (engine, socket) = EngineProcess::spawn(&args.spec)?;
         let (read, write) = socket.into_split();
         let (commands, queue) = mpsc::channel(MAX_COMMANDS);
-        tokio::spawn(read_events(read, me.clone()));
-        tokio::spawn(write_commands(write, queue));
+        tokio::spawn(socket::read_events(read, me.clone()));
+        tokio::spawn(socket::write_commands(write, queue));
         me.send_interval(TICK, || WorkerMsg::Tick);
         args.replica
             .cast(ReplicaMsg::EngineStarted { pid: engine.pid() })?;
@@ -119,7 +113,6 @@ impl Actor for Worker {
             engine,
             commands,
             in_flight: HashMap::new(),
-            owed: HashMap::new(),
             detector: HangDetector::new(hang, now),
             started_at: now,
             ready: false,
@@ -164,9 +157,7 @@ impl WorkerState {
             // Dropped, and thereby refused.
             return Ok(());
         }
-        let Some((gateway, start)) = offer.take() else {
-            return Ok(());
-        };
+        let (gateway, start) = offer.take();
         self.in_flight.insert(start.attempt, gateway);
         self.command(EngineCommand::Start(start)).await?;
         self.in_flight_changed();
@@ -220,7 +211,7 @@ impl WorkerState {
             }
             EngineEvent::AttemptFailed { attempt, error } => {
                 if let Some(gateway) = self.in_flight.remove(&attempt) {
-                    self.tell(
+                    self.links.tell(
                         &gateway,
                         PeerMessage::Refused {
                             attempt,
@@ -279,7 +270,7 @@ impl WorkerState {
             }
         }
         for (gateway, part) in parts {
-            self.tell(&gateway, PeerMessage::Tokens(part));
+            self.links.tell(&gateway, PeerMessage::Tokens(part));
         }
         if finished {
             self.in_flight_changed();
@@ -287,7 +278,6 @@ impl WorkerState {
     }
 
     async fn tick(&mut self) -> Result<(), ActorProcessingErr> {
-        self.tell_owed();
         let now = Instant::now();
         if !self.ready && now.saturating_duration_since(self.started_at) > self.limits.start {
             let detail = format!(
@@ -350,7 +340,8 @@ impl WorkerState {
 
     fn report_lost(&mut self, cause: LossCause) {
         for (gateway, attempts) in self.take_in_flight() {
-            self.tell(&gateway, PeerMessage::Lost { attempts, cause });
+            self.links
+                .tell(&gateway, PeerMessage::Lost { attempts, cause });
         }
     }
 
@@ -360,34 +351,6 @@ impl WorkerState {
             by_gateway.entry(gateway).or_default().push(attempt);
         }
         by_gateway
-    }
-
-    /// What a gateway was too far behind to be told: the attempts of those messages count as lost, and it hears of that
-    /// as soon as it can. Bounded by the attempts that the engine has had.
-    fn tell_owed(&mut self) {
-        for (gateway, attempts) in std::mem::take(&mut self.owed) {
-            let message = PeerMessage::Lost {
-                attempts: attempts.clone(),
-                cause: LossCause::Gap,
-            };
-            if let Err(SendError::Backlog { .. }) = self.links.send(&gateway, message) {
-                self.owed.insert(gateway, attempts);
-            }
-        }
-    }
-
-    fn tell(&mut self, gateway: &PeerId, message: PeerMessage) {
-        let concerned = message.attempts();
-        if let Err(error) = self.links.send(gateway, message) {
-            if let SendError::Backlog { .. } = error {
-                let owed = self.owed.entry(gateway.clone()).or_default();
-                owed.extend(concerned);
-                owed.sort_unstable();
-                owed.dedup();
-            }
-            // A gateway that is gone replays from its own log, or is gone for good.
-            tracing::debug!(worker = %self.name, %gateway, %error, "message to a gateway dropped");
-        }
     }
 
     fn in_flight_changed(&self) {
@@ -410,66 +373,8 @@ const BURIAL: Duration = Duration::from_millis(200);
 /// How long a dying worker waits for its replica to publish the news; the losses are sent in any case.
 const REPORT_DEADLINE: Duration = Duration::from_millis(500);
 
-/// Reads the engine's socket until it ends.
-async fn read_events(mut socket: OwnedReadHalf, worker: ActorRef<WorkerMsg>) {
-    let permits = Arc::new(Semaphore::new(MAX_FRAMES_IN_MAILBOX));
-    let mut decoder = FrameDecoder::new();
-    let mut buffer = vec![0; 64 * 1024];
-    loop {
-        let read = match socket.read(&mut buffer).await {
-            Ok(0) | Err(_) => break,
-            Ok(read) => read,
-        };
-        if let Err(error) = decoder.feed(&buffer[..read]) {
-            worker
-                .cast(WorkerMsg::EngineGone(
-                    LossCause::EngineProtocol,
-                    error.to_string(),
-                ))
-                .ok();
-            return;
-        }
-        loop {
-            match decoder.next_frame::<EngineEvent>() {
-                Ok(Some(event)) => {
-                    let Ok(permit) = permits.clone().acquire_owned().await else {
-                        return;
-                    };
-                    if worker.cast(WorkerMsg::Engine(event, permit)).is_err() {
-                        return;
-                    }
-                }
-                Ok(None) => break,
-                Err(error) => {
-                    worker
-                        .cast(WorkerMsg::EngineGone(
-                            LossCause::EngineProtocol,
-                            error.to_string(),
-                        ))
-                        .ok();
-                    return;
-                }
-            }
-        }
-    }
-    worker
-        .cast(WorkerMsg::EngineGone(LossCause::EngineExit, String::new()))
-        .ok();
-}
+#[cfg(test)]
+pub(crate) mod testing;
 
-/// Writes commands until the worker drops its end or the engine stops reading for good.
-async fn write_commands(mut socket: OwnedWriteHalf, mut commands: mpsc::Receiver<EngineCommand>) {
-    let mut bytes = Vec::new();
-    while let Some(command) = commands.recv().await {
-        bytes.clear();
-        if let Err(error) = codec::encode_into(&command, &mut bytes) {
-            // Admission bounds prompts well below the frame limit, so this is a fault of ours; the attempt ends by its
-            // deadline, and the log says why.
-            tracing::error!(%error, "engine command could not be encoded");
-            continue;
-        }
-        if socket.write_all(&bytes).await.is_err() {
-            return;
-        }
-    }
-}
+#[cfg(test)]
+mod tests;
