@@ -205,7 +205,7 @@ impl WorkerState {
                 tracing::debug!(worker = %self.name, progress, "engine loads")
             }
             EngineEvent::Ready(info) => return self.engine_ready(info).await,
-            EngineEvent::Step { step, tokens } => {
+            EngineEvent::Step { step, tokens, .. } => {
                 self.detector.step(step);
                 self.hand_on(tokens);
             }

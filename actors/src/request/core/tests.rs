@@ -76,6 +76,7 @@ fn token(epoch: u32, position: u32, id: u32) -> StepToken {
         position,
         token,
         finish,
+        waited_ms: None,
     }
 }
 
