@@ -28,6 +28,8 @@ pub enum EndpointMsg {
         /// Answered once an urgent report is on its way to every gateway.
         published: Option<RpcReplyPort<()>>,
     },
+    /// A replica's supervisor ended without a word: what it last said holds no longer.
+    Gone(ReplicaId),
     Dispatch {
         gateway: PeerId,
         replica: ReplicaId,
@@ -99,6 +101,10 @@ impl Actor for Endpoint {
                     published.send(()).ok();
                 }
             }
+            EndpointMsg::Gone(replica) => {
+                state.replicas.remove(&replica);
+                state.links.broadcast(&state.report());
+            }
             EndpointMsg::Dispatch {
                 gateway,
                 replica,
@@ -146,17 +152,11 @@ impl EndpointState {
     }
 
     fn measure(&self) {
-        let states = [
-            (ReplicaState::Starting, record::ReplicaState::Starting),
-            (ReplicaState::Ready, record::ReplicaState::Ready),
-            (ReplicaState::Backoff, record::ReplicaState::Backoff),
-            (ReplicaState::Down, record::ReplicaState::Down),
-        ];
         let models: BTreeSet<&str> = self.replicas.keys().map(|id| &*id.model).collect();
         for model in models {
-            for (state, label) in states {
+            for &label in record::ReplicaState::ALL {
                 let here = |(id, entry): &(&ReplicaId, &Entry)| {
-                    *id.model == *model && entry.report.state == state
+                    *id.model == *model && measured_as(entry.report.state) == label
                 };
                 record::replicas(model, label, self.replicas.iter().filter(here).count());
             }
@@ -170,6 +170,15 @@ impl EndpointState {
                 .map(|entry| entry.report.clone())
                 .collect(),
         )
+    }
+}
+
+fn measured_as(state: ReplicaState) -> record::ReplicaState {
+    match state {
+        ReplicaState::Starting => record::ReplicaState::Starting,
+        ReplicaState::Ready => record::ReplicaState::Ready,
+        ReplicaState::Backoff => record::ReplicaState::Backoff,
+        ReplicaState::Down | ReplicaState::Stopping => record::ReplicaState::Down,
     }
 }
 
@@ -265,5 +274,23 @@ mod tests {
             assert_eq!(heard(&network, &endpoint).await, [], "gone: {gone}");
             endpoint.stop(None);
         }
+    }
+
+    #[tokio::test]
+    async fn a_replica_whose_supervisor_is_gone_is_published_no_longer() {
+        let network = FakeNetwork::new();
+        let (endpoint, _) = Actor::spawn(None, Endpoint, network.links()).await.unwrap();
+        let message = EndpointMsg::Replica {
+            report: Box::new(report(ReplicaState::Ready)),
+            worker: None,
+            urgent: true,
+            published: None,
+        };
+        endpoint.cast(message).unwrap();
+        endpoint.cast(EndpointMsg::Gone(replica())).unwrap();
+        endpoint.drain_and_wait(None).await.unwrap();
+        let sent = network.sent();
+        assert!(sent.contains(&PeerMessage::Report(vec![report(ReplicaState::Ready)])));
+        assert_eq!(sent.last(), Some(&PeerMessage::Report(vec![])));
     }
 }

@@ -52,7 +52,7 @@ pub enum LossCause {
     Stopped,
     /// A token message in between was lost.
     Gap,
-    /// The replica refused the log: its numbers differ.
+    /// The replica's numbers are wrong: it refused the log, or was given up for others that it refused.
     Mismatch,
 }
 
@@ -104,6 +104,8 @@ pub enum ReplicaState {
     Backoff,
     /// The restart intensity was exceeded; tried again after the cool-down only.
     Down,
+    /// Its host stops it on purpose, and will not start it again.
+    Stopping,
 }
 
 impl ReplicaState {
@@ -113,6 +115,7 @@ impl ReplicaState {
             Self::Ready => "ready",
             Self::Backoff => "backoff",
             Self::Down => "down",
+            Self::Stopping => "stopping",
         }
     }
 }

@@ -6,8 +6,8 @@ use ractor::ActorRef;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::sync::{Semaphore, mpsc};
-use understudy_engine_core::codec::{self, CodecError, FrameDecoder};
-use understudy_engine_core::frame::{EngineCommand, EngineEvent};
+use understudy_engine_core::codec::{CodecError, FrameDecoder};
+use understudy_engine_core::frame::EngineEvent;
 
 use super::WorkerMsg;
 use crate::peer::LossCause;
@@ -53,21 +53,10 @@ async fn pass_on_events(
     }
 }
 
-/// Writes commands until the worker drops its end or the engine stops reading for good.
-pub async fn write_commands(
-    mut socket: OwnedWriteHalf,
-    mut commands: mpsc::Receiver<EngineCommand>,
-) {
-    let mut bytes = Vec::new();
-    while let Some(command) = commands.recv().await {
-        bytes.clear();
-        if let Err(error) = codec::encode_into(&command, &mut bytes) {
-            // Admission bounds prompts well below the frame limit, so this is a fault of ours; the attempt ends by its
-            // deadline, and the log says why.
-            tracing::error!(%error, "engine command could not be encoded");
-            continue;
-        }
-        if socket.write_all(&bytes).await.is_err() {
+/// Writes the frames of commands until the worker drops its end or the engine stops reading for good.
+pub async fn write_commands(mut socket: OwnedWriteHalf, mut frames: mpsc::Receiver<Vec<u8>>) {
+    while let Some(frame) = frames.recv().await {
+        if socket.write_all(&frame).await.is_err() {
             return;
         }
     }

@@ -13,8 +13,11 @@ use nix::sys::stat::Mode;
 use ractor::{Actor, ActorProcessingErr, ActorRef};
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use understudy_engine_core::codec::{self, FrameReader};
-use understudy_engine_core::frame::{ENGINE_PROTOCOL, EngineCommand, EngineEvent, EngineInfo};
+use understudy_engine_core::frame::{
+    AttemptId, ENGINE_PROTOCOL, EngineCommand, EngineEvent, EngineInfo, OutputToken, StepToken,
+};
 
+use super::WorkerLimits;
 use super::process::EngineSpec;
 
 /// No condition in these tests takes longer, even on a busy machine.
@@ -22,6 +25,13 @@ const DEADLINE: Duration = Duration::from_secs(20);
 
 /// How often a condition is looked at.
 const POLL: Duration = Duration::from_millis(2);
+
+/// Long enough for none of them to pass in a test.
+pub(crate) const LIMITS: WorkerLimits = WorkerLimits {
+    silence: Duration::from_secs(60),
+    stall: Duration::from_secs(60),
+    start: Duration::from_secs(60),
+};
 
 /// Waits until `condition` gives something.
 pub(crate) async fn until<T>(what: &str, mut condition: impl FnMut() -> Option<T>) -> T {
@@ -87,10 +97,13 @@ impl StandIn {
         self.say(&EngineEvent::Ready(info()));
     }
 
-    /// Lets it end, and every engine that is started after it.
-    pub(crate) fn exit(&mut self, status: i32) {
+    /// Lets the running one end.
+    pub(crate) async fn exit(&mut self, status: i32) {
         fs::write(self.directory.join("exit"), status.to_string()).unwrap();
-        // Readers of the pipe see its end as soon as nobody holds it open for writing.
+        // It has to have the pipe open: its readers see the end as soon as nobody holds it open for writing, and whoever
+        // opens it afterwards waits for ever.
+        let listens = self.directory.join("listens");
+        until("an engine that listens", || listens.exists().then_some(())).await;
         self.events = File::open("/dev/null").unwrap();
     }
 
@@ -131,6 +144,20 @@ pub(crate) fn info() -> EngineInfo {
         kv_capacity_tokens: 400,
         fingerprint: "f".into(),
         load_ms: 1,
+    }
+}
+
+pub(crate) fn token(attempt: AttemptId, position: u32) -> StepToken {
+    StepToken {
+        attempt,
+        position,
+        token: OutputToken {
+            id: 7,
+            logprob: -0.5,
+            top: vec![],
+        },
+        finish: None,
+        waited_ms: None,
     }
 }
 

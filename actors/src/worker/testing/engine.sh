@@ -4,6 +4,8 @@
 # the status in DIR/exit when the test closes DIR/events.
 dir=$3
 cat <&3 >"$dir/commands" &
-cat "$dir/events" >&3
+exec 4<"$dir/events"
+: >"$dir/listens"
+cat <&4 >&3
 kill $!
 exit "$(cat "$dir/exit")"
