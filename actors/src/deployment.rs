@@ -75,13 +75,9 @@ impl Actor for DeploymentSupervisor {
         DeploymentMsg::Start(index): DeploymentMsg,
         state: &mut DeploymentState,
     ) -> Result<(), ActorProcessingErr> {
-        let (number, spec) = state.args.replicas[index].clone();
         let args = ReplicaArgs {
-            id: ReplicaId {
-                model: state.args.model.clone(),
-                index: number,
-            },
-            spec,
+            id: state.id(index),
+            spec: state.args.replicas[index].1.clone(),
             limits: state.args.limits,
             restart: state.args.restart,
             links: state.args.links.clone(),
@@ -108,7 +104,10 @@ impl Actor for DeploymentSupervisor {
         let Some(index) = state.children.remove(&cell.get_id()) else {
             return Ok(());
         };
-        tracing::error!(model = %state.args.model, replica = state.args.replicas[index].0, ?event, "replica supervisor ended");
+        let id = state.id(index);
+        tracing::error!(replica = %id, ?event, "replica supervisor ended");
+        // It had no chance to say so itself, and gateways must not go on to count on it.
+        state.args.endpoint.cast(EndpointMsg::Gone(id)).ok();
         let (Decision::RestartAfter(pause) | Decision::GiveUpFor(pause)) =
             state.policies[index].ended(Instant::now(), fastrand::f64());
         me.send_after(pause, move || DeploymentMsg::Start(index));
@@ -122,5 +121,59 @@ impl Actor for DeploymentSupervisor {
     ) -> Result<(), ActorProcessingErr> {
         me.stop_children_and_wait(None, Some(STOP_DEADLINE)).await;
         Ok(())
+    }
+}
+
+impl DeploymentState {
+    /// The replica with this index in `replicas`.
+    fn id(&self, index: usize) -> ReplicaId {
+        ReplicaId {
+            model: self.args.model.clone(),
+            index: self.args.replicas[index].0,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::peer::testing::FakeNetwork;
+    use crate::restart::testing::PATIENT;
+    use crate::worker::testing::{LIMITS, Probe, StandIn, until};
+
+    #[tokio::test]
+    async fn the_endpoint_hears_of_a_replica_supervisors_end() {
+        let engine = StandIn::new();
+        let (endpoint, mut heard) = Probe::spawn().await;
+        let args = DeploymentArgs {
+            model: "m".into(),
+            replicas: vec![(3, engine.spec())],
+            limits: LIMITS,
+            restart: PATIENT,
+            links: FakeNetwork::new().links(),
+            endpoint,
+        };
+        let (deployment, _) = Actor::spawn(None, DeploymentSupervisor, args)
+            .await
+            .unwrap();
+        let child = until("a replica supervisor", || {
+            deployment.get_cell().get_children().pop()
+        })
+        .await;
+        let mut next = async |what: &str| until(what, || heard.try_recv().ok()).await;
+        assert!(matches!(
+            next("a report").await,
+            EndpointMsg::Replica { .. }
+        ));
+        child.kill();
+        let gone = loop {
+            if let EndpointMsg::Gone(id) = next("the news").await {
+                break id;
+            }
+        };
+        assert_eq!(gone.to_string(), "m/3");
+        let again = next("a report of the next one").await;
+        assert!(matches!(again, EndpointMsg::Replica { .. }));
+        deployment.stop(None);
     }
 }

@@ -28,6 +28,8 @@ pub enum EndpointMsg {
         /// Answered once an urgent report is on its way to every gateway.
         published: Option<RpcReplyPort<()>>,
     },
+    /// A replica's supervisor ended without a word: what it last said holds no longer.
+    Gone(ReplicaId),
     Dispatch {
         gateway: PeerId,
         replica: ReplicaId,
@@ -99,12 +101,17 @@ impl Actor for Endpoint {
                     published.send(()).ok();
                 }
             }
+            EndpointMsg::Gone(replica) => {
+                state.replicas.remove(&replica);
+                state.links.broadcast(&state.report());
+            }
             EndpointMsg::Dispatch {
                 gateway,
                 replica,
                 start,
             } => state.dispatch(gateway, &replica, start),
             EndpointMsg::Cancel { replica, attempt } => {
+                state.links.settle(attempt);
                 if let Some(worker) = state.worker(&replica) {
                     worker.cast(WorkerMsg::Cancel(attempt)).ok();
                 }
@@ -114,6 +121,7 @@ impl Actor for Endpoint {
                 state.links.send(&peer, state.report()).ok();
             }
             EndpointMsg::PeerDown(peer) => {
+                state.links.forget(&peer);
                 for entry in state.replicas.values() {
                     if let Some(worker) = &entry.worker {
                         worker.cast(WorkerMsg::GatewayDown(peer.clone())).ok();
@@ -122,6 +130,7 @@ impl Actor for Endpoint {
             }
             EndpointMsg::Tick => {
                 state.measure();
+                state.links.tell_owed();
                 state.links.broadcast(&state.report());
             }
         }
@@ -143,17 +152,11 @@ impl EndpointState {
     }
 
     fn measure(&self) {
-        let states = [
-            (ReplicaState::Starting, record::ReplicaState::Starting),
-            (ReplicaState::Ready, record::ReplicaState::Ready),
-            (ReplicaState::Backoff, record::ReplicaState::Backoff),
-            (ReplicaState::Down, record::ReplicaState::Down),
-        ];
         let models: BTreeSet<&str> = self.replicas.keys().map(|id| &*id.model).collect();
         for model in models {
-            for (state, label) in states {
+            for &label in record::ReplicaState::ALL {
                 let here = |(id, entry): &(&ReplicaId, &Entry)| {
-                    *id.model == *model && entry.report.state == state
+                    *id.model == *model && measured_as(entry.report.state) == label
                 };
                 record::replicas(model, label, self.replicas.iter().filter(here).count());
             }
@@ -167,5 +170,127 @@ impl EndpointState {
                 .map(|entry| entry.report.clone())
                 .collect(),
         )
+    }
+}
+
+fn measured_as(state: ReplicaState) -> record::ReplicaState {
+    match state {
+        ReplicaState::Starting => record::ReplicaState::Starting,
+        ReplicaState::Ready => record::ReplicaState::Ready,
+        ReplicaState::Backoff => record::ReplicaState::Backoff,
+        ReplicaState::Down | ReplicaState::Stopping => record::ReplicaState::Down,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::peer::LossCause;
+    use crate::peer::testing::{FakeNetwork, start};
+
+    fn replica() -> ReplicaId {
+        ReplicaId {
+            model: "m".into(),
+            index: 0,
+        }
+    }
+
+    /// What the gateway hears apart from reports, after the endpoint has handled everything that was cast before.
+    async fn heard(network: &FakeNetwork, endpoint: &ActorRef<EndpointMsg>) -> Vec<PeerMessage> {
+        endpoint.cast(EndpointMsg::Tick).unwrap();
+        let (done, handled) = tokio::sync::oneshot::channel();
+        let message = EndpointMsg::Replica {
+            report: Box::new(report(ReplicaState::Starting)),
+            worker: None,
+            urgent: false,
+            published: Some(done.into()),
+        };
+        endpoint.cast(message).unwrap();
+        handled.await.unwrap();
+        let mut sent = network.sent();
+        sent.retain(|message| !matches!(message, PeerMessage::Report(_)));
+        sent
+    }
+
+    fn report(state: ReplicaState) -> ReplicaReport {
+        ReplicaReport {
+            replica: replica(),
+            state,
+            capacity: 1,
+            fingerprint: String::new(),
+            status: understudy_protocol::message::ReplicaStatus {
+                model: "m".into(),
+                node: "host".into(),
+                replica: 0,
+                state: state.as_str().into(),
+                in_flight: 0,
+                workers: Vec::new(),
+            },
+        }
+    }
+
+    /// An endpoint without a worker, which has refused attempt 1 to a gateway that had no room for the refusal.
+    async fn with_an_unheard_refusal() -> (FakeNetwork, ActorRef<EndpointMsg>) {
+        let network = FakeNetwork::new();
+        let (endpoint, _) = Actor::spawn(None, Endpoint, network.links()).await.unwrap();
+        network.fill();
+        let dispatch = EndpointMsg::Dispatch {
+            gateway: network.peer(),
+            replica: replica(),
+            start: start(1, 1),
+        };
+        endpoint.cast(dispatch).unwrap();
+        assert_eq!(heard(&network, &endpoint).await, []);
+        (network, endpoint)
+    }
+
+    #[tokio::test]
+    async fn a_gateway_hears_with_the_next_tick_what_it_had_no_room_for() {
+        let (network, endpoint) = with_an_unheard_refusal().await;
+        network.drain();
+        let attempts = vec![start(1, 1).attempt];
+        let cause = LossCause::Gap;
+        let lost = PeerMessage::Lost { attempts, cause };
+        assert_eq!(heard(&network, &endpoint).await, [lost]);
+        assert_eq!(heard(&network, &endpoint).await, []);
+        endpoint.stop(None);
+    }
+
+    #[tokio::test]
+    async fn nothing_is_owed_for_what_a_gateway_cancelled_or_to_one_that_is_gone() {
+        for gone in [false, true] {
+            let (network, endpoint) = with_an_unheard_refusal().await;
+            let message = match gone {
+                true => EndpointMsg::PeerDown(network.peer()),
+                false => EndpointMsg::Cancel {
+                    replica: replica(),
+                    attempt: start(1, 1).attempt,
+                },
+            };
+            endpoint.cast(message).unwrap();
+            // Handled before it has room, or the next tick may come first.
+            assert_eq!(heard(&network, &endpoint).await, []);
+            network.drain();
+            assert_eq!(heard(&network, &endpoint).await, [], "gone: {gone}");
+            endpoint.stop(None);
+        }
+    }
+
+    #[tokio::test]
+    async fn a_replica_whose_supervisor_is_gone_is_published_no_longer() {
+        let network = FakeNetwork::new();
+        let (endpoint, _) = Actor::spawn(None, Endpoint, network.links()).await.unwrap();
+        let message = EndpointMsg::Replica {
+            report: Box::new(report(ReplicaState::Ready)),
+            worker: None,
+            urgent: true,
+            published: None,
+        };
+        endpoint.cast(message).unwrap();
+        endpoint.cast(EndpointMsg::Gone(replica())).unwrap();
+        endpoint.drain_and_wait(None).await.unwrap();
+        let sent = network.sent();
+        assert!(sent.contains(&PeerMessage::Report(vec![report(ReplicaState::Ready)])));
+        assert_eq!(sent.last(), Some(&PeerMessage::Report(vec![])));
     }
 }

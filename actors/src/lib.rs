@@ -30,6 +30,7 @@ pub mod hub;
 pub mod keeper;
 pub mod node;
 pub mod outbox;
+pub mod owed;
 pub mod peer;
 pub mod replica;
 pub mod request;

@@ -1,16 +1,18 @@
 //! What nodes say to each other, and the way to say it.
 
 use std::fmt;
+use std::net::SocketAddr;
 use std::sync::{Arc, OnceLock};
 
 use bytes::Bytes;
 use ractor::ActorRef;
 use serde::{Deserialize, Serialize};
-use understudy_cluster::{Cluster, PeerId, SendError};
+use understudy_cluster::{Cluster, PeerId, PeerView, SendError};
 use understudy_engine_core::frame::{AttemptError, AttemptId, StartAttempt, StepToken};
 use understudy_protocol::message::ReplicaStatus;
 
 use crate::cluster::ClusterMsg;
+use crate::owed::Owed;
 
 /// A replica of a model: the model's name and a number that is unique among its replicas in the whole cluster.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -50,7 +52,7 @@ pub enum LossCause {
     Stopped,
     /// A token message in between was lost.
     Gap,
-    /// The replica refused the log: its numbers differ.
+    /// The replica's numbers are wrong: it refused the log, or was given up for others that it refused.
     Mismatch,
 }
 
@@ -102,6 +104,8 @@ pub enum ReplicaState {
     Backoff,
     /// The restart intensity was exceeded; tried again after the cool-down only.
     Down,
+    /// Its host stops it on purpose, and will not start it again.
+    Stopping,
 }
 
 impl ReplicaState {
@@ -111,6 +115,7 @@ impl ReplicaState {
             Self::Ready => "ready",
             Self::Backoff => "backoff",
             Self::Down => "down",
+            Self::Stopping => "stopping",
         }
     }
 }
@@ -156,20 +161,55 @@ impl PeerMessage {
     }
 }
 
+/// What carries payloads to other nodes: the cluster, or what stands in for it in a test.
+pub trait Transport: Send + Sync {
+    /// See [`Cluster::me`].
+    fn me(&self) -> &PeerId;
+    /// See [`Cluster::local_addr`].
+    fn local_addr(&self) -> SocketAddr;
+    /// See [`Cluster::peers`].
+    fn peers(&self) -> Vec<PeerView>;
+    /// See [`Cluster::send`].
+    ///
+    /// # Errors
+    /// [`SendError`].
+    fn send(&self, to: &PeerId, payload: Bytes) -> Result<(), SendError>;
+}
+
+impl Transport for Cluster {
+    fn me(&self) -> &PeerId {
+        self.me()
+    }
+
+    fn local_addr(&self) -> SocketAddr {
+        self.local_addr()
+    }
+
+    fn peers(&self) -> Vec<PeerView> {
+        self.peers()
+    }
+
+    fn send(&self, to: &PeerId, payload: Bytes) -> Result<(), SendError> {
+        self.send(to, payload)
+    }
+}
+
 /// The way to every node, this one included. Cheap to clone.
 #[derive(Clone)]
 pub struct Links {
     me: PeerId,
-    remote: Arc<Cluster>,
+    remote: Arc<dyn Transport>,
     local: Arc<OnceLock<ActorRef<ClusterMsg>>>,
+    owed: Owed,
 }
 
 impl Links {
-    pub fn new(remote: Arc<Cluster>) -> Self {
+    pub fn new(remote: Arc<dyn Transport>) -> Self {
         Self {
             me: remote.me().clone(),
             remote,
             local: Arc::new(OnceLock::new()),
+            owed: Owed::default(),
         }
     }
 
@@ -182,15 +222,16 @@ impl Links {
         &self.me
     }
 
-    pub fn cluster(&self) -> &Cluster {
-        &self.remote
+    pub fn cluster(&self) -> &dyn Transport {
+        &*self.remote
     }
 
     /// Sends without waiting, in order per peer.
     ///
     /// # Errors
     /// [`SendError`] if the peer is not connected or too far behind. The message is dropped then: the caller either
-    /// hears of the peer's end (and everything bound to it is replayed), or has to treat the peer as lost.
+    /// hears of the peer's end (and everything bound to it is replayed), or has to treat the peer as lost. A host that
+    /// speaks about attempts uses [`Self::tell`], which does the latter.
     pub fn send(&self, to: &PeerId, message: PeerMessage) -> Result<(), SendError> {
         if *to == self.me {
             let local = self
@@ -199,18 +240,63 @@ impl Links {
                 .and_then(|local| local.cast(ClusterMsg::Local(message)).ok());
             return local.ok_or_else(|| SendError::NotConnected(to.clone()));
         }
-        let payload =
-            rmp_serde::to_vec_named(&message).expect("peer messages have no unserializable parts");
-        self.remote.send(to, Bytes::from(payload))
+        self.carry(to, &message)
+    }
+
+    /// Tells a gateway what became of attempts of its own. Returns whether the message is on its way. If it is not, the
+    /// attempts are over for the caller: their gateway is gone, or hears later ([`Self::tell_owed`]) that they are lost.
+    pub fn tell(&self, to: &PeerId, message: PeerMessage) -> bool {
+        if *to == self.me {
+            return self.send(to, message).is_ok();
+        }
+        let Err(error) = self.carry(to, &message) else {
+            return true;
+        };
+        tracing::debug!(peer = %to, %error, "message about attempts dropped");
+        // A gateway that is not connected has lost this whole node, or its own life: it waits for nothing here.
+        if !matches!(error, SendError::NotConnected(_)) {
+            let left_out = self.owed.note(to, message.attempts());
+            if left_out > 0 {
+                tracing::error!(peer = %to, attempts = left_out, "too many attempts that the gateway does not know the end of; these end by their deadlines");
+            }
+        }
+        false
+    }
+
+    /// Tries again to tell gateways of attempts that are over. To be called regularly.
+    pub fn tell_owed(&self) {
+        for (peer, attempts) in self.owed.take() {
+            let cause = LossCause::Gap;
+            self.tell(&peer, PeerMessage::Lost { attempts, cause });
+        }
+    }
+
+    /// The peer is gone: nothing is owed to it any more.
+    pub fn forget(&self, peer: &PeerId) {
+        self.owed.forget(peer);
+    }
+
+    /// A gateway does not wait for this attempt any more.
+    pub fn settle(&self, attempt: AttemptId) {
+        self.owed.settle(attempt);
     }
 
     /// Sends to this node and every connected one. Peers that cannot take it now get the next report instead.
     pub fn broadcast(&self, message: &PeerMessage) {
         for view in self.remote.peers() {
             if let Some(id) = view.id {
-                self.send(&id, message.clone()).ok();
+                self.carry(&id, message).ok();
             }
         }
         self.send(&self.me, message.clone()).ok();
     }
+
+    fn carry(&self, to: &PeerId, message: &PeerMessage) -> Result<(), SendError> {
+        let payload =
+            rmp_serde::to_vec_named(message).expect("peer messages have no unserializable parts");
+        self.remote.send(to, Bytes::from(payload))
+    }
 }
+
+#[cfg(test)]
+pub(crate) mod testing;

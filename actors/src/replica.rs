@@ -22,24 +22,38 @@ const MAX_SHOWN_ERROR_CHARS: usize = 300;
 /// How long a worker may take to stop. Its engine is killed in any case when its process group is.
 const STOP_DEADLINE: Duration = Duration::from_secs(2);
 
+/// How long a stopping replica waits until that is published; its worker is stopped in any case.
+const REPORT_DEADLINE: Duration = Duration::from_millis(500);
+
 /// What a replica supervisor is told.
 #[derive(Debug)]
 pub enum ReplicaMsg {
     Start,
-    EngineStarted {
+    /// From a worker, which may have ended by now: supervision events overtake messages.
+    Worker {
+        generation: u64,
+        news: WorkerNews,
+    },
+}
+local_message!(ReplicaMsg);
+
+/// What a worker tells its supervisor.
+#[derive(Debug)]
+pub enum WorkerNews {
+    /// The engine process runs, and loads.
+    Started {
         pid: u32,
     },
-    EngineReady(Box<EngineInfo>),
+    Ready(Box<EngineInfo>),
     Health(EngineHealth),
     InFlight(u32),
     /// The worker is about to end. Answered once the news is published.
-    WorkerEnding {
+    Ending {
         cause: LossCause,
         detail: String,
         done: RpcReplyPort<()>,
     },
 }
-local_message!(ReplicaMsg);
 
 pub struct ReplicaArgs {
     pub id: ReplicaId,
@@ -57,12 +71,17 @@ pub struct ReplicaSupervisorState {
     policy: RestartPolicy,
     state: ReplicaState,
     worker: Option<ActorRef<WorkerMsg>>,
+    /// Of the worker, or of the next one while there is none.
+    generation: u64,
     pid: Option<u32>,
     info: Option<Box<EngineInfo>>,
     health: EngineHealth,
     in_flight: u32,
     restarts: u32,
-    cause: Option<LossCause>,
+    /// Why the next worker is not the first one.
+    restart_cause: Option<record::RestartCause>,
+    /// Why the worker is about to end, if it has said so.
+    ending: Option<LossCause>,
     last_error: Option<String>,
     metrics: record::ReplicaMetrics,
 }
@@ -85,12 +104,14 @@ impl Actor for ReplicaSupervisor {
             args,
             state: ReplicaState::Starting,
             worker: None,
+            generation: 0,
             pid: None,
             info: None,
             health: EngineHealth::default(),
             in_flight: 0,
             restarts: 0,
-            cause: None,
+            restart_cause: None,
+            ending: None,
             last_error: None,
             metrics,
         })
@@ -104,31 +125,10 @@ impl Actor for ReplicaSupervisor {
     ) -> Result<(), ActorProcessingErr> {
         match message {
             ReplicaMsg::Start => state.start_worker(&me).await,
-            ReplicaMsg::EngineStarted { pid } => {
-                state.pid = Some(pid);
-                state.publish();
-            }
-            ReplicaMsg::EngineReady(info) => {
-                state.policy.running(Instant::now());
-                state.state = ReplicaState::Ready;
-                let capacity = u32::try_from(info.kv_capacity_tokens).unwrap_or(u32::MAX);
-                state.metrics.cache_config(1, capacity);
-                state.info = Some(info);
-                state.publish();
-            }
-            ReplicaMsg::Health(health) => state.measured(health),
-            ReplicaMsg::InFlight(in_flight) => {
-                state.in_flight = in_flight;
-                state.publish_later();
-            }
-            ReplicaMsg::WorkerEnding {
-                cause,
-                detail,
-                done,
-            } => {
-                state.cause = Some(cause);
-                state.last_error = Some(detail.chars().take(MAX_SHOWN_ERROR_CHARS).collect());
-                state.clear(ReplicaState::Backoff, Some(done));
+            ReplicaMsg::Worker { generation, news } => {
+                if generation == state.generation {
+                    state.news(news);
+                }
             }
         }
         Ok(())
@@ -141,17 +141,11 @@ impl Actor for ReplicaSupervisor {
         state: &mut ReplicaSupervisorState,
     ) -> Result<(), ActorProcessingErr> {
         match event {
-            SupervisionEvent::ActorFailed(_, error) => {
-                state.last_error.get_or_insert_with(|| {
-                    error
-                        .to_string()
-                        .chars()
-                        .take(MAX_SHOWN_ERROR_CHARS)
-                        .collect()
-                });
-                state.worker_ended(&me);
+            SupervisionEvent::ActorFailed(_, error) => state.worker_ended(&me, error.to_string()),
+            SupervisionEvent::ActorTerminated(_, _, reason) => {
+                let reason = reason.unwrap_or_else(|| "the worker ended".into());
+                state.worker_ended(&me, reason);
             }
-            SupervisionEvent::ActorTerminated(..) => state.worker_ended(&me),
             _ => {}
         }
         Ok(())
@@ -162,7 +156,11 @@ impl Actor for ReplicaSupervisor {
         me: ActorRef<ReplicaMsg>,
         state: &mut ReplicaSupervisorState,
     ) -> Result<(), ActorProcessingErr> {
-        state.clear(ReplicaState::Down, None);
+        // Published before the worker is stopped and reports its losses, so that no gateway routes one right back here.
+        state.clear(ReplicaState::Stopping);
+        let stopping = |done| state.message(true, Some(done));
+        let endpoint = &state.args.endpoint;
+        endpoint.call(stopping, Some(REPORT_DEADLINE)).await.ok();
         me.stop_children_and_wait(None, Some(STOP_DEADLINE)).await;
         Ok(())
     }
@@ -170,6 +168,10 @@ impl Actor for ReplicaSupervisor {
 
 impl ReplicaSupervisorState {
     async fn start_worker(&mut self, me: &ActorRef<ReplicaMsg>) {
+        if let Some(cause) = self.restart_cause.take() {
+            self.restarts += 1;
+            record::worker_restart(&self.args.id.to_string(), cause);
+        }
         self.state = ReplicaState::Starting;
         self.publish();
         let args = WorkerArgs {
@@ -177,49 +179,83 @@ impl ReplicaSupervisorState {
             spec: self.args.spec.clone(),
             limits: self.args.limits,
             links: self.args.links.clone(),
+            metrics: self.metrics.clone(),
             replica: me.clone(),
+            generation: self.generation,
         };
         match Actor::spawn_linked(None, Worker, args, me.get_cell()).await {
             Ok((worker, _)) => self.worker = Some(worker),
             Err(error) => {
                 // A failed pre_start is told to the spawner alone, so it is treated here as the end that it is.
                 tracing::error!(replica = %self.args.id, %error, "worker could not be started");
-                self.cause = Some(LossCause::EngineExit);
-                self.last_error = Some(error.to_string());
-                self.worker_ended(me);
+                self.worker_ended(me, error.to_string());
             }
         }
     }
 
-    fn worker_ended(&mut self, me: &ActorRef<ReplicaMsg>) {
-        let cause = self.cause.take().unwrap_or(LossCause::EngineExit);
-        let ran = self.info.is_some();
-        self.worker = None;
-        self.info = None;
-        match self.policy.ended(Instant::now(), fastrand::f64()) {
-            Decision::RestartAfter(pause) => {
-                self.clear(ReplicaState::Backoff, None);
-                self.restarts += 1;
-                record::worker_restart(&self.args.id.to_string(), restart_cause(cause, ran));
-                tracing::info!(replica = %self.args.id, pause_ms = pause.as_millis() as u64, restarts = self.restarts, "worker restarts");
-                me.send_after(pause, || ReplicaMsg::Start);
+    /// The current worker says something.
+    fn news(&mut self, news: WorkerNews) {
+        match news {
+            WorkerNews::Started { pid } => {
+                self.pid = Some(pid);
+                self.publish();
             }
-            Decision::GiveUpFor(cooldown) => {
-                self.clear(ReplicaState::Down, None);
-                let error = self.last_error.as_deref().unwrap_or("unknown");
-                tracing::error!(replica = %self.args.id, cooldown_ms = cooldown.as_millis() as u64, error, "restart intensity exceeded, replica is down");
-                me.send_after(cooldown, || ReplicaMsg::Start);
+            WorkerNews::Ready(info) => {
+                self.policy.running(Instant::now());
+                self.state = ReplicaState::Ready;
+                let capacity = u32::try_from(info.kv_capacity_tokens).unwrap_or(u32::MAX);
+                self.metrics.cache_config(1, capacity);
+                self.info = Some(info);
+                self.publish();
+            }
+            WorkerNews::Health(health) => self.measured(health),
+            WorkerNews::InFlight(in_flight) => {
+                self.in_flight = in_flight;
+                self.publish_later();
+            }
+            WorkerNews::Ending {
+                cause,
+                detail,
+                done,
+            } => {
+                self.ending = Some(cause);
+                self.last_error = Some(shown(&detail));
+                self.clear(ReplicaState::Backoff);
+                self.send_report(true, Some(done));
             }
         }
+    }
+
+    /// `error` says why, unless the worker has said it better itself.
+    fn worker_ended(&mut self, me: &ActorRef<ReplicaMsg>, error: String) {
+        let ending = self.ending.take();
+        if ending.is_none() {
+            self.last_error = Some(shown(&error));
+        }
+        let cause = ending.unwrap_or(LossCause::EngineExit);
+        self.restart_cause = Some(restart_cause(cause, self.info.is_some()));
+        self.worker = None;
+        self.info = None;
+        // What it said and we have not heard yet is of no use any more.
+        self.generation += 1;
+        let pause = match self.policy.ended(Instant::now(), fastrand::f64()) {
+            Decision::RestartAfter(pause) => {
+                self.clear(ReplicaState::Backoff);
+                tracing::info!(replica = %self.args.id, pause_ms = pause.as_millis() as u64, restarts = self.restarts, "worker restarts");
+                pause
+            }
+            Decision::GiveUpFor(cooldown) => {
+                self.clear(ReplicaState::Down);
+                let error = self.last_error.as_deref().unwrap_or("unknown");
+                tracing::error!(replica = %self.args.id, cooldown_ms = cooldown.as_millis() as u64, error, "restart intensity exceeded, replica is down");
+                cooldown
+            }
+        };
+        self.publish();
+        me.send_after(pause, || ReplicaMsg::Start);
     }
 
     fn measured(&mut self, health: EngineHealth) {
-        let delta = |new: u64, old: u64| new.saturating_sub(old);
-        let prompt = delta(health.prompt_tokens, self.health.prompt_tokens);
-        let generated = delta(health.generated_tokens, self.health.generated_tokens);
-        if prompt + generated > 0 {
-            self.metrics.step(prompt, generated);
-        }
         let capacity = self
             .info
             .as_ref()
@@ -233,13 +269,12 @@ impl ReplicaSupervisorState {
     }
 
     /// No engine any more.
-    fn clear(&mut self, state: ReplicaState, published: Option<RpcReplyPort<()>>) {
+    fn clear(&mut self, state: ReplicaState) {
         self.state = state;
         self.pid = None;
         self.in_flight = 0;
         self.health = EngineHealth::default();
         self.metrics.load(0, 0, 0.0);
-        self.send_report(true, published);
     }
 
     /// At once: gateways must know before they act.
@@ -253,13 +288,19 @@ impl ReplicaSupervisorState {
     }
 
     fn send_report(&self, urgent: bool, published: Option<RpcReplyPort<()>>) {
-        let message = EndpointMsg::Replica {
+        self.args
+            .endpoint
+            .cast(self.message(urgent, published))
+            .ok();
+    }
+
+    fn message(&self, urgent: bool, published: Option<RpcReplyPort<()>>) -> EndpointMsg {
+        EndpointMsg::Replica {
             report: Box::new(self.report()),
             worker: self.worker(),
             urgent,
             published,
-        };
-        self.args.endpoint.cast(message).ok();
+        }
     }
 
     fn worker(&self) -> Option<ActorRef<WorkerMsg>> {
@@ -304,12 +345,20 @@ impl ReplicaSupervisorState {
     }
 }
 
+fn shown(error: &str) -> String {
+    error.chars().take(MAX_SHOWN_ERROR_CHARS).collect()
+}
+
 fn restart_cause(cause: LossCause, ran: bool) -> record::RestartCause {
     match cause {
         LossCause::EngineSilent => record::RestartCause::Heartbeat,
-        LossCause::EngineProtocol => record::RestartCause::Protocol,
+        // What it said could be read, and could not be used.
+        LossCause::EngineProtocol | LossCause::Mismatch => record::RestartCause::Protocol,
         _ if !ran => record::RestartCause::Start,
         LossCause::EngineHang => record::RestartCause::Step,
         _ => record::RestartCause::Exit,
     }
 }
+
+#[cfg(test)]
+mod tests;

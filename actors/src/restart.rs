@@ -10,9 +10,10 @@ pub struct RestartSettings {
     /// Restarts allowed within `period`.
     pub intensity: u32,
     pub period: Duration,
+    /// Wait before the second restart in a row; the first is immediate.
     pub backoff_initial: Duration,
     pub backoff_max: Duration,
-    /// A child that ran this long starts over with the initial backoff.
+    /// A child that ran this long starts over with an immediate restart.
     pub reset_after: Duration,
     /// After the intensity was exceeded: how long until one more try.
     pub cooldown: Duration,
@@ -78,14 +79,39 @@ impl RestartPolicy {
             return Decision::GiveUpFor(self.settings.cooldown);
         }
         self.recent.push_back(now);
+        let wait = self.wait(chance);
+        self.streak += 1;
+        Decision::RestartAfter(wait)
+    }
+
+    /// A child that ran well and ended once needs no pause; one that ends again and again does.
+    fn wait(&self, chance: f64) -> Duration {
+        let Some(doublings) = self.streak.checked_sub(1) else {
+            return Duration::ZERO;
+        };
         let doubled = self
             .settings
             .backoff_initial
-            .saturating_mul(1 << self.streak.min(20));
-        self.streak += 1;
+            .saturating_mul(1 << doublings.min(20));
         let ceiling = doubled.min(self.settings.backoff_max);
-        Decision::RestartAfter(ceiling.mul_f64(0.5 + chance / 2.0))
+        ceiling.mul_f64(0.5 + chance / 2.0)
     }
+}
+
+/// What tests of supervisors share.
+#[cfg(test)]
+pub(crate) mod testing {
+    use super::*;
+
+    /// Restarts at once as often as it takes; a cool-down lasts longer than any test.
+    pub(crate) const PATIENT: RestartSettings = RestartSettings {
+        intensity: 1000,
+        period: Duration::from_secs(600),
+        backoff_initial: Duration::from_millis(1),
+        backoff_max: Duration::from_millis(1),
+        reset_after: Duration::from_secs(600),
+        cooldown: Duration::from_secs(600),
+    };
 }
 
 #[cfg(test)]
@@ -93,7 +119,7 @@ mod tests {
     use super::*;
 
     const SETTINGS: RestartSettings = RestartSettings {
-        intensity: 3,
+        intensity: 4,
         period: Duration::from_secs(30),
         backoff_initial: Duration::from_millis(100),
         backoff_max: Duration::from_millis(300),
@@ -105,10 +131,11 @@ mod tests {
     fn backs_off_up_to_the_maximum_then_gives_up() {
         let mut policy = RestartPolicy::new(SETTINGS);
         let now = Instant::now();
-        let waits: Vec<Decision> = (0..4).map(|_| policy.ended(now, 0.0)).collect();
+        let waits: Vec<Decision> = (0..5).map(|_| policy.ended(now, 0.0)).collect();
         assert_eq!(
             waits,
             [
+                Decision::RestartAfter(Duration::ZERO),
                 Decision::RestartAfter(Duration::from_millis(50)),
                 Decision::RestartAfter(Duration::from_millis(100)),
                 Decision::RestartAfter(Duration::from_millis(150)),
@@ -122,7 +149,7 @@ mod tests {
         let mut policy = RestartPolicy::new(SETTINGS);
         let start = Instant::now();
         let give_up = Decision::GiveUpFor(SETTINGS.cooldown);
-        for _ in 0..3 {
+        for _ in 0..SETTINGS.intensity {
             policy.ended(start, 0.0);
         }
         assert_eq!(policy.ended(start, 0.0), give_up);
@@ -136,9 +163,13 @@ mod tests {
 
     #[test]
     fn the_jitter_covers_the_upper_half() {
-        let wait = |chance| match RestartPolicy::new(SETTINGS).ended(Instant::now(), chance) {
-            Decision::RestartAfter(wait) => wait,
-            Decision::GiveUpFor(_) => panic!("first end"),
+        let wait = |chance| {
+            let mut policy = RestartPolicy::new(SETTINGS);
+            policy.ended(Instant::now(), chance);
+            match policy.ended(Instant::now(), chance) {
+                Decision::RestartAfter(wait) => wait,
+                Decision::GiveUpFor(_) => panic!("second end"),
+            }
         };
         assert_eq!(wait(0.0), Duration::from_millis(50));
         assert!(
@@ -150,14 +181,14 @@ mod tests {
     fn old_restarts_are_forgotten_and_a_good_run_resets_the_backoff() {
         let mut policy = RestartPolicy::new(SETTINGS);
         let start = Instant::now();
-        for _ in 0..3 {
+        for _ in 0..SETTINGS.intensity {
             policy.ended(start, 0.0);
         }
         let later = start + SETTINGS.period;
         policy.running(later - SETTINGS.reset_after);
         assert_eq!(
             policy.ended(later, 0.0),
-            Decision::RestartAfter(Duration::from_millis(50))
+            Decision::RestartAfter(Duration::ZERO)
         );
     }
 }

@@ -3,7 +3,8 @@
 //! Two limits: no frame at all for `silence` (the process is stopped, or its machine is), or work without a finished
 //! step for `stall` while the heartbeat goes on (the model thread is stuck).
 //! A worker that was itself not running (a stopped machine, a starved runtime) must not blame its engine: when its own
-//! tick comes late, both clocks start again.
+//! tick comes late, the time is forgiven and both clocks start again. On a machine where every tick is late that would
+//! go on for ever, so what is forgiven in a row is limited too.
 
 use std::time::{Duration, Instant};
 
@@ -20,15 +21,49 @@ pub struct HangLimits {
     pub tick: Duration,
 }
 
+/// What is forgiven in a row at most, in limits.
+const FORGIVEN_LIMITS: u32 = 10;
+
+/// A clock that runs towards a limit.
+#[derive(Debug)]
+struct Clock {
+    limit: Duration,
+    since: Instant,
+    forgiven: Duration,
+}
+
+impl Clock {
+    fn new(limit: Duration, now: Instant) -> Self {
+        Self {
+            limit,
+            since: now,
+            forgiven: Duration::ZERO,
+        }
+    }
+
+    /// We were away for this long, and cannot say what the engine did. However long that was, it counts as one limit at
+    /// most: a single long pause of this machine must not use up all that is forgiven.
+    fn forgive(&mut self, away: Duration, now: Instant) {
+        self.forgiven += away.min(self.limit);
+        self.since = now;
+    }
+
+    fn is_over(&self, now: Instant) -> bool {
+        now.saturating_duration_since(self.since) > self.limit
+            || self.forgiven > self.limit * FORGIVEN_LIMITS
+    }
+}
+
 /// See the module.
 #[derive(Debug)]
 pub struct HangDetector {
     limits: HangLimits,
     last_tick: Instant,
-    last_frame: Instant,
+    /// Since the last frame.
+    silence: Clock,
     steps: u64,
-    /// Since when the engine has been busy without finishing a step.
-    stuck_since: Option<Instant>,
+    /// While the engine is busy without finishing a step.
+    stall: Option<Clock>,
 }
 
 impl HangDetector {
@@ -36,28 +71,28 @@ impl HangDetector {
         Self {
             limits,
             last_tick: now,
-            last_frame: now,
+            silence: Clock::new(limits.silence, now),
             steps: 0,
-            stuck_since: None,
+            stall: None,
         }
     }
 
     /// Any frame came.
     pub fn frame(&mut self, now: Instant) {
-        self.last_frame = now;
+        self.silence = Clock::new(self.limits.silence, now);
     }
 
     /// The engine finished a step.
     pub fn step(&mut self, step: u64) {
         self.steps = self.steps.max(step);
-        self.stuck_since = None;
+        self.stall = None;
     }
 
     pub fn heartbeat(&mut self, health: &EngineHealth, now: Instant) {
         if !health.busy || health.steps > self.steps {
-            self.stuck_since = None;
-        } else {
-            self.stuck_since.get_or_insert(now);
+            self.stall = None;
+        } else if self.stall.is_none() {
+            self.stall = Some(Clock::new(self.limits.stall, now));
         }
         self.steps = self.steps.max(health.steps);
     }
@@ -67,17 +102,25 @@ impl HangDetector {
         let since_tick = now.saturating_duration_since(self.last_tick);
         self.last_tick = now;
         if since_tick > self.limits.tick * 3 {
-            self.last_frame = now;
-            self.stuck_since = self.stuck_since.map(|_| now);
-            return None;
+            self.silence.forgive(since_tick, now);
+            if let Some(stall) = &mut self.stall {
+                stall.forgive(since_tick, now);
+            }
         }
-        if now.saturating_duration_since(self.last_frame) > self.limits.silence {
+        if self.silence.is_over(now) {
             return Some(LossCause::EngineSilent);
         }
-        let stuck = self.stuck_since.map(|at| now.saturating_duration_since(at));
-        stuck
-            .is_some_and(|time| time > self.limits.stall)
-            .then_some(LossCause::EngineHang)
+        let stalled = self.stall.as_ref().is_some_and(|clock| clock.is_over(now));
+        stalled.then_some(LossCause::EngineHang)
+    }
+
+    /// What was found, for people.
+    pub fn describe(&self, cause: LossCause) -> String {
+        let (what, limit) = match cause {
+            LossCause::EngineSilent => ("no heartbeat", self.limits.silence),
+            _ => ("work, but no finished step", self.limits.stall),
+        };
+        format!("{what} for more than {} ms", limit.as_millis())
     }
 }
 
@@ -142,5 +185,30 @@ mod tests {
         let mut detector = HangDetector::new(LIMITS, start);
         assert_eq!(detector.tick(start + Duration::from_secs(60)), None);
         assert_eq!(detector.tick(start + Duration::from_secs(60) + TICK), None);
+    }
+
+    /// Ticks that are all late, until something is found, with a heartbeat before each if `heartbeat` gives one.
+    fn found_by_late_ticks(heartbeat: Option<&EngineHealth>) -> Option<(LossCause, Duration)> {
+        let start = Instant::now();
+        let mut detector = HangDetector::new(LIMITS, start);
+        (1..1000).find_map(|i| {
+            let now = start + TICK * 4 * i;
+            if let Some(health) = heartbeat {
+                detector.frame(now);
+                detector.heartbeat(health, now);
+            }
+            detector.tick(now).map(|cause| (cause, now - start))
+        })
+    }
+
+    #[test]
+    fn a_machine_on_which_every_tick_is_late_still_finds_a_dead_engine() {
+        let (cause, after) = found_by_late_ticks(None).unwrap();
+        assert_eq!(cause, LossCause::EngineSilent);
+        assert!(after > LIMITS.silence * 9 && after < LIMITS.silence * 11);
+        let (cause, after) = found_by_late_ticks(Some(&health(7, true))).unwrap();
+        assert_eq!(cause, LossCause::EngineHang);
+        assert!(after > LIMITS.stall * 9 && after < LIMITS.stall * 11);
+        assert_eq!(found_by_late_ticks(Some(&health(7, false))), None);
     }
 }

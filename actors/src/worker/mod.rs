@@ -1,40 +1,39 @@
 //! A worker: owns one engine process, as a port owns its program.
 //!
-//! Invariant: whatever ends the engine or the worker, every attempt that was in the engine is reported to its gateway
-//! as lost, once, and after the report that says that the replica is not ready.
+//! Invariant: an attempt that a worker has taken is in the engine, or its gateway has been told what became of it.
 
-use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use ractor::{Actor, ActorProcessingErr, ActorRef};
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
-use tokio::time::timeout;
-use understudy_cluster::{PeerId, SendError};
-use understudy_engine_core::codec::{self, FrameDecoder};
+use tokio::sync::{OwnedSemaphorePermit, mpsc};
+use understudy_cluster::PeerId;
+use understudy_engine_core::codec;
 use understudy_engine_core::frame::{
-    AttemptId, ENGINE_PROTOCOL, EngineCommand, EngineEvent, EngineHealth, EngineInfo, StepToken,
+    AttemptError, AttemptId, ENGINE_PROTOCOL, EngineCommand, EngineEvent, EngineInfo, StepToken,
 };
+use understudy_telemetry::record::ReplicaMetrics;
 
 use crate::peer::{Links, LossCause, PeerMessage, Refusal};
-use crate::replica::ReplicaMsg;
+use crate::replica::{ReplicaMsg, WorkerNews};
 
+mod ending;
 pub mod hang;
+mod in_flight;
+mod numbers;
 mod offer;
 pub mod process;
+mod socket;
 
 pub use self::offer::Offer;
 
 use self::hang::{HangDetector, HangLimits};
+use self::in_flight::InFlight;
+use self::numbers::Numbers;
 use self::process::{EngineProcess, EngineSpec};
 
 /// How often a worker looks after its engine.
 const TICK: Duration = Duration::from_millis(50);
-
-/// Engine frames that may wait in the worker's mailbox; the engine's socket fills up behind them.
-const MAX_FRAMES_IN_MAILBOX: usize = 1024;
 
 /// Commands that may wait for the engine. Full means that the engine does not read: it is treated as hung.
 const MAX_COMMANDS: usize = 8192;
@@ -67,20 +66,21 @@ pub struct WorkerArgs {
     pub spec: Arc<EngineSpec>,
     pub limits: WorkerLimits,
     pub links: Links,
+    pub metrics: ReplicaMetrics,
     pub replica: ActorRef<ReplicaMsg>,
+    /// Tells the replica's workers apart: what one says may arrive after the news of its end.
+    pub generation: u64,
 }
 
 pub struct Worker;
 
 pub struct WorkerState {
-    name: String,
-    links: Links,
-    replica: ActorRef<ReplicaMsg>,
-    limits: WorkerLimits,
+    args: WorkerArgs,
     engine: EngineProcess,
-    commands: mpsc::Sender<EngineCommand>,
-    in_flight: HashMap<AttemptId, PeerId>,
-    owed: HashMap<PeerId, Vec<AttemptId>>,
+    /// Frames of commands.
+    commands: mpsc::Sender<Vec<u8>>,
+    in_flight: InFlight,
+    numbers: Numbers,
     detector: HangDetector,
     started_at: Instant,
     ready: bool,
@@ -99,31 +99,14 @@ impl Actor for Worker {
         let (engine, socket) = EngineProcess::spawn(&args.spec)?;
         let (read, write) = socket.into_split();
         let (commands, queue) = mpsc::channel(MAX_COMMANDS);
-        tokio::spawn(read_events(read, me.clone()));
-        tokio::spawn(write_commands(write, queue));
+        tokio::spawn(socket::read_events(read, me.clone()));
+        tokio::spawn(socket::write_commands(write, queue));
         me.send_interval(TICK, || WorkerMsg::Tick);
-        args.replica
-            .cast(ReplicaMsg::EngineStarted { pid: engine.pid() })?;
-        tracing::info!(worker = %args.name, pid = engine.pid(), "engine started");
-        let now = Instant::now();
-        let hang = HangLimits {
-            silence: args.limits.silence,
-            stall: args.limits.stall,
-            tick: TICK,
-        };
-        Ok(WorkerState {
-            name: args.name,
-            links: args.links,
-            replica: args.replica,
-            limits: args.limits,
-            engine,
-            commands,
-            in_flight: HashMap::new(),
-            owed: HashMap::new(),
-            detector: HangDetector::new(hang, now),
-            started_at: now,
-            ready: false,
-        })
+        let state = WorkerState::new(args, engine, commands);
+        let pid = state.engine.pid();
+        tracing::info!(worker = %state.args.name, pid, "engine started");
+        state.news(WorkerNews::Started { pid });
+        Ok(state)
     }
 
     async fn handle(
@@ -134,8 +117,10 @@ impl Actor for Worker {
     ) -> Result<(), ActorProcessingErr> {
         match message {
             WorkerMsg::Dispatch(offer) => state.dispatch(offer).await,
-            WorkerMsg::Cancel(attempt) => state.cancel(attempt).await,
-            WorkerMsg::GatewayDown(gateway) => state.gateway_down(&gateway).await,
+            WorkerMsg::Cancel(attempt) => state.cancel(vec![attempt]).await,
+            WorkerMsg::GatewayDown(gateway) => {
+                state.cancel(state.in_flight.of_gateway(&gateway)).await
+            }
             WorkerMsg::Engine(event, permit) => {
                 drop(permit);
                 state.engine_event(event).await
@@ -150,52 +135,66 @@ impl Actor for Worker {
         _me: ActorRef<WorkerMsg>,
         state: &mut WorkerState,
     ) -> Result<(), ActorProcessingErr> {
-        // Stopped on purpose: the node goes down, or the replica is taken away.
-        state
-            .give_up(LossCause::Stopped, "the worker was stopped".into())
-            .await;
+        state.stop().await;
         Ok(())
     }
 }
 
 impl WorkerState {
+    fn new(args: WorkerArgs, engine: EngineProcess, commands: mpsc::Sender<Vec<u8>>) -> Self {
+        let now = Instant::now();
+        let hang = HangLimits {
+            silence: args.limits.silence,
+            stall: args.limits.stall,
+            tick: TICK,
+        };
+        Self {
+            args,
+            engine,
+            commands,
+            in_flight: InFlight::default(),
+            numbers: Numbers::default(),
+            detector: HangDetector::new(hang, now),
+            started_at: now,
+            ready: false,
+        }
+    }
+
     async fn dispatch(&mut self, offer: Offer) -> Result<(), ActorProcessingErr> {
         if !self.ready {
             // Dropped, and thereby refused.
             return Ok(());
         }
-        let Some((gateway, start)) = offer.take() else {
-            return Ok(());
+        let (gateway, start) = offer.take();
+        let attempt = start.attempt;
+        let frame = match codec::encode(&EngineCommand::Start(start)) {
+            Ok(frame) => frame,
+            Err(error) => {
+                let error = AttemptError::Invalid(error.to_string());
+                self.refuse(&gateway, attempt, error);
+                return Ok(());
+            }
         };
-        self.in_flight.insert(start.attempt, gateway);
-        self.command(EngineCommand::Start(start)).await?;
+        self.in_flight.insert(attempt, gateway);
+        self.queue(frame).await?;
         self.in_flight_changed();
         Ok(())
     }
 
-    async fn cancel(&mut self, attempt: AttemptId) -> Result<(), ActorProcessingErr> {
-        if self.in_flight.remove(&attempt).is_some() {
-            self.command(EngineCommand::Cancel { attempt }).await?;
-            self.in_flight_changed();
+    async fn cancel(&mut self, attempts: Vec<AttemptId>) -> Result<(), ActorProcessingErr> {
+        for attempt in attempts {
+            if self.in_flight.remove(attempt).is_some() {
+                let frame = codec::encode(&EngineCommand::Cancel { attempt })?;
+                self.queue(frame).await?;
+            }
         }
+        self.in_flight_changed();
         Ok(())
     }
 
-    async fn gateway_down(&mut self, gateway: &PeerId) -> Result<(), ActorProcessingErr> {
-        let orphans: Vec<AttemptId> = self
-            .in_flight
-            .iter()
-            .filter(|(_, owner)| *owner == gateway)
-            .map(|(attempt, _)| *attempt)
-            .collect();
-        for attempt in orphans {
-            self.cancel(attempt).await?;
-        }
-        Ok(())
-    }
-
-    async fn command(&mut self, command: EngineCommand) -> Result<(), ActorProcessingErr> {
-        match self.commands.try_send(command) {
+    /// Queues a command's frame for the engine.
+    async fn queue(&mut self, frame: Vec<u8>) -> Result<(), ActorProcessingErr> {
+        match self.commands.try_send(frame) {
             Ok(()) => Ok(()),
             Err(mpsc::error::TrySendError::Full(_)) => {
                 let detail =
@@ -211,26 +210,27 @@ impl WorkerState {
         self.detector.frame(Instant::now());
         match event {
             EngineEvent::Loading { progress } => {
-                tracing::debug!(worker = %self.name, progress, "engine loads")
+                tracing::debug!(worker = %self.args.name, progress, "engine loads")
             }
             EngineEvent::Ready(info) => return self.engine_ready(info).await,
-            EngineEvent::Step { step, tokens } => {
+            EngineEvent::Step {
+                step,
+                prompt_tokens,
+                tokens,
+            } => {
                 self.detector.step(step);
-                self.hand_on(tokens);
+                let generated = tokens.len() as u64;
+                self.args.metrics.step(prompt_tokens.into(), generated);
+                self.numbers.good(&tokens);
+                return self.hand_on(tokens).await;
             }
             EngineEvent::AttemptFailed { attempt, error } => {
-                if let Some(gateway) = self.in_flight.remove(&attempt) {
-                    self.tell(
-                        &gateway,
-                        PeerMessage::Refused {
-                            attempt,
-                            refusal: Refusal::Engine(error),
-                        },
-                    );
-                    self.in_flight_changed();
-                }
+                return self.attempt_failed(attempt, error).await;
             }
-            EngineEvent::Heartbeat(health) => self.heartbeat(health),
+            EngineEvent::Heartbeat(health) => {
+                self.detector.heartbeat(&health, Instant::now());
+                self.news(WorkerNews::Health(health));
+            }
             EngineEvent::Fatal { message } => {
                 return Err(self.give_up(LossCause::EngineExit, message).await);
             }
@@ -246,53 +246,62 @@ impl WorkerState {
             );
             return Err(self.give_up(LossCause::EngineProtocol, detail).await);
         }
-        tracing::info!(worker = %self.name, pid = info.pid, load_ms = info.load_ms, device = %info.device, "engine ready");
+        tracing::info!(worker = %self.args.name, pid = info.pid, load_ms = info.load_ms, device = %info.device, "engine ready");
         self.ready = true;
-        self.replica.cast(ReplicaMsg::EngineReady(Box::new(info)))?;
+        self.news(WorkerNews::Ready(Box::new(info)));
         Ok(())
     }
 
-    fn heartbeat(&mut self, health: EngineHealth) {
-        self.detector.heartbeat(&health, Instant::now());
-        self.replica.cast(ReplicaMsg::Health(health)).ok();
-    }
-
-    /// Sends each gateway its part of a step.
-    fn hand_on(&mut self, tokens: Vec<StepToken>) {
-        let mut finished = false;
-        let mut parts: Vec<(PeerId, Vec<StepToken>)> = Vec::new();
-        for token in tokens {
-            let attempt = token.attempt;
-            let Some(gateway) = self.in_flight.get(&attempt) else {
-                continue;
-            };
-            if token.finish.is_some() {
-                finished = true;
-            }
-            let gateway = gateway.clone();
-            if token.finish.is_some() {
-                self.in_flight.remove(&attempt);
-            }
-            match parts.iter_mut().find(|(peer, _)| *peer == gateway) {
-                Some((_, part)) => part.push(token),
-                None => parts.push((gateway, vec![token])),
+    /// Sends each gateway its part of a step. What a gateway cannot be told leaves a hole in its streams: they are of no
+    /// use any more, and it hears that they are lost.
+    async fn hand_on(&mut self, tokens: Vec<StepToken>) -> Result<(), ActorProcessingErr> {
+        let before = self.in_flight.len();
+        let mut unheard = Vec::new();
+        for (gateway, part) in self.in_flight.split(tokens) {
+            let attempts = part.iter().map(|token| token.attempt).collect::<Vec<_>>();
+            if !self.args.links.tell(&gateway, PeerMessage::Tokens(part)) {
+                unheard.extend(attempts);
             }
         }
-        for (gateway, part) in parts {
-            self.tell(&gateway, PeerMessage::Tokens(part));
-        }
-        if finished {
+        if !unheard.is_empty() {
+            self.cancel(unheard).await?;
+        } else if self.in_flight.len() != before {
             self.in_flight_changed();
         }
+        Ok(())
+    }
+
+    async fn attempt_failed(
+        &mut self,
+        attempt: AttemptId,
+        error: AttemptError,
+    ) -> Result<(), ActorProcessingErr> {
+        let broken = self
+            .numbers
+            .failed(attempt, &error)
+            .then(|| format!("wrong numbers for several requests in a row, the last: {error}"));
+        if let Some(gateway) = self.in_flight.remove(attempt) {
+            self.refuse(&gateway, attempt, error);
+            self.in_flight_changed();
+        }
+        match broken {
+            Some(detail) => Err(self.give_up(LossCause::Mismatch, detail).await),
+            None => Ok(()),
+        }
+    }
+
+    fn refuse(&self, gateway: &PeerId, attempt: AttemptId, error: AttemptError) {
+        let refusal = Refusal::Engine(error);
+        let message = PeerMessage::Refused { attempt, refusal };
+        self.args.links.tell(gateway, message);
     }
 
     async fn tick(&mut self) -> Result<(), ActorProcessingErr> {
-        self.tell_owed();
         let now = Instant::now();
-        if !self.ready && now.saturating_duration_since(self.started_at) > self.limits.start {
+        if !self.ready && now.saturating_duration_since(self.started_at) > self.args.limits.start {
             let detail = format!(
                 "not ready {} ms after its start",
-                self.limits.start.as_millis()
+                self.args.limits.start.as_millis()
             );
             return Err(self.give_up(LossCause::EngineHang, detail).await);
         }
@@ -303,173 +312,24 @@ impl WorkerState {
         if !self.ready {
             return Ok(());
         }
-        let limit = if cause == LossCause::EngineSilent {
-            self.limits.silence
-        } else {
-            self.limits.stall
-        };
-        let what = if cause == LossCause::EngineSilent {
-            "no heartbeat"
-        } else {
-            "work, but no finished step"
-        };
-        Err(self
-            .give_up(
-                cause,
-                format!("{what} for more than {} ms", limit.as_millis()),
-            )
-            .await)
-    }
-
-    /// Kills the engine, reports every attempt as lost, and makes the error that ends this worker.
-    async fn give_up(&mut self, cause: LossCause, detail: String) -> ActorProcessingErr {
-        self.engine.kill();
-        let detail = match cause {
-            // A process that the system takes long to bury must not hold up the streams that wait for this news.
-            LossCause::EngineExit if detail.is_empty() => timeout(BURIAL, self.engine.wait())
-                .await
-                .unwrap_or_else(|_| "it was killed, and has not ended yet".into()),
-            _ => detail,
-        };
-        if cause != LossCause::Stopped {
-            tracing::warn!(worker = %self.name, pid = self.engine.pid(), cause = cause.as_str(), %detail, in_flight = self.in_flight.len(), "engine lost");
-        }
-        // The replica's report goes out before the losses, so that no gateway routes an attempt right back here. A
-        // replica that is itself stopping has said so already, and does not answer.
-        if cause != LossCause::Stopped {
-            let told = |done| ReplicaMsg::WorkerEnding {
-                cause,
-                detail: detail.clone(),
-                done,
-            };
-            self.replica.call(told, Some(REPORT_DEADLINE)).await.ok();
-        }
-        self.report_lost(cause);
-        detail.into()
-    }
-
-    fn report_lost(&mut self, cause: LossCause) {
-        for (gateway, attempts) in self.take_in_flight() {
-            self.tell(&gateway, PeerMessage::Lost { attempts, cause });
-        }
-    }
-
-    fn take_in_flight(&mut self) -> HashMap<PeerId, Vec<AttemptId>> {
-        let mut by_gateway: HashMap<PeerId, Vec<AttemptId>> = HashMap::new();
-        for (attempt, gateway) in self.in_flight.drain() {
-            by_gateway.entry(gateway).or_default().push(attempt);
-        }
-        by_gateway
-    }
-
-    /// What a gateway was too far behind to be told: the attempts of those messages count as lost, and it hears of that
-    /// as soon as it can. Bounded by the attempts that the engine has had.
-    fn tell_owed(&mut self) {
-        for (gateway, attempts) in std::mem::take(&mut self.owed) {
-            let message = PeerMessage::Lost {
-                attempts: attempts.clone(),
-                cause: LossCause::Gap,
-            };
-            if let Err(SendError::Backlog { .. }) = self.links.send(&gateway, message) {
-                self.owed.insert(gateway, attempts);
-            }
-        }
-    }
-
-    fn tell(&mut self, gateway: &PeerId, message: PeerMessage) {
-        let concerned = message.attempts();
-        if let Err(error) = self.links.send(gateway, message) {
-            if let SendError::Backlog { .. } = error {
-                let owed = self.owed.entry(gateway.clone()).or_default();
-                owed.extend(concerned);
-                owed.sort_unstable();
-                owed.dedup();
-            }
-            // A gateway that is gone replays from its own log, or is gone for good.
-            tracing::debug!(worker = %self.name, %gateway, %error, "message to a gateway dropped");
-        }
+        let detail = self.detector.describe(cause);
+        Err(self.give_up(cause, detail).await)
     }
 
     fn in_flight_changed(&self) {
-        self.replica
-            .cast(ReplicaMsg::InFlight(self.in_flight.len() as u32))
-            .ok();
+        self.news(WorkerNews::InFlight(self.in_flight.len() as u32));
+    }
+
+    /// Tells the replica supervisor. One that is gone takes this worker along.
+    fn news(&self, news: WorkerNews) {
+        let generation = self.args.generation;
+        let message = ReplicaMsg::Worker { generation, news };
+        self.args.replica.cast(message).ok();
     }
 }
 
-impl Drop for WorkerState {
-    /// Even a panic of the worker does not leave its attempts waiting. After [`WorkerState::give_up`] none are left.
-    fn drop(&mut self) {
-        self.report_lost(LossCause::Stopped);
-    }
-}
+#[cfg(test)]
+pub(crate) mod testing;
 
-/// How long a dying worker waits to learn how its engine ended.
-const BURIAL: Duration = Duration::from_millis(200);
-
-/// How long a dying worker waits for its replica to publish the news; the losses are sent in any case.
-const REPORT_DEADLINE: Duration = Duration::from_millis(500);
-
-/// Reads the engine's socket until it ends.
-async fn read_events(mut socket: OwnedReadHalf, worker: ActorRef<WorkerMsg>) {
-    let permits = Arc::new(Semaphore::new(MAX_FRAMES_IN_MAILBOX));
-    let mut decoder = FrameDecoder::new();
-    let mut buffer = vec![0; 64 * 1024];
-    loop {
-        let read = match socket.read(&mut buffer).await {
-            Ok(0) | Err(_) => break,
-            Ok(read) => read,
-        };
-        if let Err(error) = decoder.feed(&buffer[..read]) {
-            worker
-                .cast(WorkerMsg::EngineGone(
-                    LossCause::EngineProtocol,
-                    error.to_string(),
-                ))
-                .ok();
-            return;
-        }
-        loop {
-            match decoder.next_frame::<EngineEvent>() {
-                Ok(Some(event)) => {
-                    let Ok(permit) = permits.clone().acquire_owned().await else {
-                        return;
-                    };
-                    if worker.cast(WorkerMsg::Engine(event, permit)).is_err() {
-                        return;
-                    }
-                }
-                Ok(None) => break,
-                Err(error) => {
-                    worker
-                        .cast(WorkerMsg::EngineGone(
-                            LossCause::EngineProtocol,
-                            error.to_string(),
-                        ))
-                        .ok();
-                    return;
-                }
-            }
-        }
-    }
-    worker
-        .cast(WorkerMsg::EngineGone(LossCause::EngineExit, String::new()))
-        .ok();
-}
-
-/// Writes commands until the worker drops its end or the engine stops reading for good.
-async fn write_commands(mut socket: OwnedWriteHalf, mut commands: mpsc::Receiver<EngineCommand>) {
-    let mut bytes = Vec::new();
-    while let Some(command) = commands.recv().await {
-        bytes.clear();
-        if let Err(error) = codec::encode_into(&command, &mut bytes) {
-            // Admission bounds prompts well below the frame limit, so this is a fault of ours; the attempt ends by its
-            // deadline, and the log says why.
-            tracing::error!(%error, "engine command could not be encoded");
-            continue;
-        }
-        if socket.write_all(&bytes).await.is_err() {
-            return;
-        }
-    }
-}
+#[cfg(test)]
+mod tests;

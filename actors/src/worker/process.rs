@@ -11,6 +11,9 @@ use tokio::process::{Child, Command};
 /// The number under which the engine finds its end of the socket.
 const ENGINE_FD: i32 = 3;
 
+/// The status with which the system's loader ends a program whose libraries it does not find. No engine gives it.
+const LIBRARIES_MISSING: i32 = 127;
+
 /// How to start one engine.
 #[derive(Debug, Clone)]
 pub struct EngineSpec {
@@ -123,6 +126,9 @@ impl EngineProcess {
     /// Waits for the process to end, and says how it did. Ended already, it answers at once.
     pub async fn wait(&mut self) -> String {
         match self.child.wait().await {
+            Ok(status) if status.code() == Some(LIBRARIES_MISSING) => {
+                "the engine's libraries could not be loaded (LibTorch moved, removed or of another version): run scripts/setup.sh".into()
+            }
             Ok(status) => status.to_string(),
             Err(error) => format!("unknown end: {error}"),
         }
@@ -140,5 +146,24 @@ fn check(result: i32) -> std::io::Result<()> {
         Err(std::io::Error::last_os_error())
     } else {
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::worker::testing::StandIn;
+
+    #[tokio::test]
+    async fn an_engine_without_its_libraries_says_what_to_do() {
+        let mut engine = StandIn::new();
+        let (mut process, _socket) = EngineProcess::spawn(&engine.spec()).unwrap();
+        engine.exit(127).await;
+        let said = process.wait().await;
+        assert!(said.contains("scripts/setup.sh"), "{said}");
+        let mut engine = StandIn::new();
+        let (mut process, _socket) = EngineProcess::spawn(&engine.spec()).unwrap();
+        engine.exit(11).await;
+        assert_eq!(process.wait().await, "exit status: 11");
     }
 }

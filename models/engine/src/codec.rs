@@ -94,12 +94,12 @@ pub fn write_frame<T: Serialize>(
 ///
 /// ```
 /// use understudy_engine_core::{codec, frame::EngineCommand};
-/// let bytes = codec::encode(&EngineCommand::Ping { nonce: 7 }).unwrap();
+/// let bytes = codec::encode(&EngineCommand::Shutdown).unwrap();
 /// let mut decoder = codec::FrameDecoder::new();
 /// decoder.feed(&bytes[..5]).unwrap();
 /// assert_eq!(decoder.next_frame::<EngineCommand>().unwrap(), None);
 /// decoder.feed(&bytes[5..]).unwrap();
-/// assert_eq!(decoder.next_frame().unwrap(), Some(EngineCommand::Ping { nonce: 7 }));
+/// assert_eq!(decoder.next_frame().unwrap(), Some(EngineCommand::Shutdown));
 /// ```
 #[derive(Debug, Default)]
 pub struct FrameDecoder {
@@ -281,7 +281,6 @@ mod tests {
                 },
             }),
             EngineCommand::Cancel { attempt: attempt() },
-            EngineCommand::Ping { nonce: u64::MAX },
             EngineCommand::Shutdown,
         ]
     }
@@ -312,6 +311,7 @@ mod tests {
         let logprob = f32::from_bits(0xbf12_3457);
         let event = EngineEvent::Step {
             step: 9,
+            prompt_tokens: 3,
             tokens: vec![StepToken {
                 attempt: attempt(),
                 position: 4,
@@ -321,6 +321,7 @@ mod tests {
                     top: vec![(7, logprob), (1, -3.0)],
                 },
                 finish: None,
+                waited_ms: Some(12),
             }],
         };
         let bytes = encode(&event).unwrap();
@@ -342,6 +343,38 @@ mod tests {
                 Some(event)
             );
         }
+    }
+
+    #[test]
+    fn fields_that_may_be_absent_are() {
+        let event = EngineEvent::Step {
+            step: 1,
+            prompt_tokens: 0,
+            tokens: vec![StepToken {
+                attempt: attempt(),
+                position: 0,
+                token: OutputToken {
+                    id: 7,
+                    logprob: -0.5,
+                    top: vec![],
+                },
+                finish: None,
+                waited_ms: None,
+            }],
+        };
+        let mut frame = encode(&event).unwrap();
+        let has = |frame: &[u8], name: &[u8]| frame.windows(name.len()).any(|part| part == name);
+        assert!(!has(&frame, b"waited_ms") && !has(&frame, b"top"));
+        // The step's map of three entries, less the one that an engine may leave out.
+        let name = b"\xadprompt_tokens\x00";
+        let at = frame.windows(name.len()).position(|part| part == name);
+        let at = at.expect("the entry");
+        frame.drain(at..at + name.len());
+        frame[3] -= name.len() as u8;
+        let map = frame.iter().position(|&byte| byte == 0x83);
+        frame[map.expect("a map of three")] = 0x82;
+        let read = FrameReader::new(&frame[..]).read::<EngineEvent>();
+        assert_eq!(read.unwrap(), Some(event));
     }
 
     #[test]
@@ -386,7 +419,7 @@ mod tests {
 
     #[test]
     fn malformed_and_truncated_frames_are_errors() {
-        let whole = encode(&EngineCommand::Ping { nonce: 1 }).unwrap();
+        let whole = encode(&EngineCommand::Cancel { attempt: attempt() }).unwrap();
         let error = FrameReader::new(&whole[..whole.len() - 1])
             .read::<EngineCommand>()
             .unwrap_err();
@@ -401,8 +434,8 @@ mod tests {
             FrameReader::new(&trailing[..]).read::<EngineCommand>(),
             Err(CodecError::Malformed { .. })
         ));
-        // 3 is MessagePack's other spelling of the fourth variant, which carries no data.
-        for byte in (0..=255_u8).filter(|&byte| byte != 3) {
+        // 2 is MessagePack's other spelling of the third variant, which carries no data.
+        for byte in (0..=255_u8).filter(|&byte| byte != 2) {
             let frame = [0, 0, 0, 1, byte];
             assert!(
                 FrameReader::new(&frame[..])

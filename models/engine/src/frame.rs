@@ -125,10 +125,6 @@ pub enum EngineCommand {
     Cancel {
         attempt: AttemptId,
     },
-    /// Asks for a [`EngineEvent::Heartbeat`] at once.
-    Ping {
-        nonce: u64,
-    },
     /// Finish nothing more, exit 0.
     Shutdown,
 }
@@ -142,6 +138,10 @@ pub struct StepToken {
     pub token: OutputToken,
     /// Set on the attempt's last token. The token that ended the request (end-of-sequence, stop id) is included.
     pub finish: Option<FinishReason>,
+    /// Set on the attempt's first token in this engine: how long it waited from its arrival until the first step that
+    /// computed anything of it, in milliseconds.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub waited_ms: Option<u32>,
 }
 
 /// Why one attempt cannot go on in this engine, while the engine itself is well.
@@ -202,8 +202,6 @@ pub struct EngineInfo {
 /// A snapshot for load balancing, hang detection and metrics.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct EngineHealth {
-    /// The nonce of the ping that asked for it; 0 for the periodic ones.
-    pub nonce: u64,
     /// Steps finished since start. Busy and not moving means hung.
     pub steps: u64,
     /// Whether the model thread has work.
@@ -227,9 +225,13 @@ pub enum EngineEvent {
         progress: f32,
     },
     Ready(EngineInfo),
-    /// Every token of one step, at most one per attempt.
+    /// One step is done. Sent for every step, also for those that run prompts only.
     Step {
         step: u64,
+        /// Tokens of prompts that it ran through the model.
+        #[serde(default)]
+        prompt_tokens: u32,
+        /// Every token that came out of it, at most one per attempt.
         tokens: Vec<StepToken>,
     },
     /// The attempt is over here; no tokens of it follow.
@@ -237,7 +239,7 @@ pub enum EngineEvent {
         attempt: AttemptId,
         error: AttemptError,
     },
-    /// Sent every [`HEARTBEAT_INTERVAL_MS`] by a thread of its own, and in answer to `Ping`.
+    /// Sent every [`HEARTBEAT_INTERVAL_MS`] by a thread of its own.
     Heartbeat(EngineHealth),
     /// The engine as a whole cannot go on (weights missing, out of memory); it exits non-zero right after.
     Fatal {
@@ -245,5 +247,5 @@ pub enum EngineEvent {
     },
 }
 
-/// How often an engine sends a heartbeat unasked, in milliseconds.
+/// How often an engine sends a heartbeat, in milliseconds.
 pub const HEARTBEAT_INTERVAL_MS: u64 = 100;

@@ -51,6 +51,10 @@ pub struct StepOutcome {
     pub tokens: Vec<StepToken>,
     /// Attempts that ended without a further token.
     pub failed: Vec<(AttemptId, AttemptError)>,
+    /// Attempts of which this step computed the first tokens.
+    pub begun: Vec<AttemptId>,
+    /// Tokens of prompts that went through the model.
+    pub prompt_tokens: u32,
 }
 
 #[derive(Debug)]
@@ -308,9 +312,13 @@ impl Scheduler {
             offset += rows.len();
             let sequence = &mut running.sequence;
             let (prompt, replayed) = sequence.forced_in(span);
+            outcome.prompt_tokens += prompt as u32;
             self.totals.prompt_tokens += prompt as u64;
             self.totals.replayed_tokens += replayed as u64;
             let attempt = sequence.attempt();
+            if span.start == 0 {
+                outcome.begun.push(attempt);
+            }
             match sequence.advance(span, rows, vocab_size, &mut self.sampler) {
                 Ok(None) => {}
                 Ok(Some(token)) => {
@@ -322,6 +330,7 @@ impl Scheduler {
                         position,
                         token,
                         finish,
+                        waited_ms: None,
                     });
                     if finish.is_some() {
                         ended.push(index);

@@ -4,7 +4,7 @@
 //!            +--------+  inbox   +--------------+
 //!  socket ──>| reader |─────────>| model thread |── Step, AttemptFailed ──┐
 //!            +--------+          +--------------+                         v
-//!                 │ Ping, Full    +-----------+── Heartbeat, Loading ──> writer (a mutex) ──> socket
+//!                 │ Full          +-----------+── Heartbeat, Loading ──> writer (a mutex) ──> socket
 //!                 └───────────────| heartbeat |                           ^
 //!                                 +-----------+───────────────────────────┘
 //! ```
@@ -18,6 +18,7 @@
 mod inbox;
 mod status;
 mod threads;
+mod waits;
 
 use std::{
     mem::ManuallyDrop,
@@ -39,6 +40,7 @@ use crate::{
 use inbox::{Inbox, Work};
 pub use status::ExitStatus;
 use threads::Link;
+use waits::Waits;
 
 /// What [`serve`] needs to know besides the model.
 #[derive(Debug, Clone, Copy, Default)]
@@ -139,38 +141,49 @@ fn run(
     link.ready(engine_info(runner.info(), started))
         .map_err(send_failed)?;
     let mut ended = Vec::new();
+    let mut waits = Waits::default();
     let mut steps = 0;
     loop {
         for work in inbox.take(!scheduler.has_work()) {
-            let failed = apply(&mut scheduler, work, &mut ended);
+            let failed = apply(&mut scheduler, work, &mut ended, &mut waits);
             if let Some(event) = failed {
                 link.send(&event).map_err(send_failed)?;
             }
         }
         link.publish(&scheduler, steps);
+        let begins = Instant::now();
         let outcome = scheduler
             .step(&mut **runner)
             .map_err(|error| (ExitStatus::StepFailed, error.to_string()))?;
-        if let Some(outcome) = outcome {
+        if let Some(mut outcome) = outcome {
             steps += 1;
+            waits.step(&mut outcome, begins);
             link.publish(&scheduler, steps);
             report(outcome, steps, link, &mut ended).map_err(send_failed)?;
         }
+        waits.forget(&ended);
         inbox.forget(&mut ended);
     }
 }
 
 /// Hands one command to the scheduler. Attempts that are over thereby are added to `ended`.
-fn apply(scheduler: &mut Scheduler, work: Work, ended: &mut Vec<AttemptId>) -> Option<EngineEvent> {
+fn apply(
+    scheduler: &mut Scheduler,
+    work: Work,
+    ended: &mut Vec<AttemptId>,
+    waits: &mut Waits,
+) -> Option<EngineEvent> {
     match work {
         Work::Cancel(attempt) => {
             scheduler.cancel(attempt);
+            waits.forget(&[attempt]);
             None
         }
-        Work::Start(start) => {
+        Work::Start { start, arrived } => {
             let attempt = start.attempt;
             match scheduler.start(*start) {
                 Ok(replaced) => {
+                    waits.arrived(attempt, arrived);
                     ended.extend(replaced);
                     None
                 }
@@ -189,16 +202,23 @@ fn report(
     link: &Link,
     ended: &mut Vec<AttemptId>,
 ) -> Result<(), CodecError> {
-    let StepOutcome { tokens, failed } = outcome;
+    let StepOutcome {
+        tokens,
+        failed,
+        prompt_tokens,
+        ..
+    } = outcome;
     ended.extend(
         tokens
             .iter()
             .filter(|token| token.finish.is_some())
             .map(|token| token.attempt),
     );
-    if !tokens.is_empty() {
-        link.send(&EngineEvent::Step { step, tokens })?;
-    }
+    link.send(&EngineEvent::Step {
+        step,
+        prompt_tokens,
+        tokens,
+    })?;
     for (attempt, error) in failed {
         ended.push(attempt);
         link.send(&EngineEvent::AttemptFailed { attempt, error })?;

@@ -84,6 +84,7 @@ fn token(epoch: u32, position: u32, id: u32) -> StepToken {
         position,
         token,
         finish,
+        waited_ms: None,
     }
 }
 

@@ -9,7 +9,7 @@
 use std::{
     collections::{HashSet, VecDeque},
     sync::{Condvar, Mutex, MutexGuard, PoisonError},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use crate::frame::{AttemptError, AttemptId, StartAttempt};
@@ -20,7 +20,10 @@ const IDLE_WAIT: Duration = Duration::from_secs(1);
 /// What the model thread is to do between two steps.
 #[derive(Debug)]
 pub enum Work {
-    Start(Box<StartAttempt>),
+    Start {
+        start: Box<StartAttempt>,
+        arrived: Instant,
+    },
     Cancel(AttemptId),
 }
 
@@ -79,7 +82,10 @@ impl Inbox {
             });
         }
         state.live.insert(start.attempt);
-        state.queue.push_back(Work::Start(Box::new(start)));
+        state.queue.push_back(Work::Start {
+            start: Box::new(start),
+            arrived: Instant::now(),
+        });
         self.filled.notify_one();
         Ok(())
     }
@@ -87,7 +93,8 @@ impl Inbox {
     /// Queues a cancel, or takes the attempt out of the queue if it has not left it.
     pub fn cancel(&self, attempt: AttemptId) {
         let mut state = self.lock();
-        let queued = |work: &Work| matches!(work, Work::Start(start) if start.attempt == attempt);
+        let queued =
+            |work: &Work| matches!(work, Work::Start { start, .. } if start.attempt == attempt);
         if let Some(index) = state.queue.iter().position(queued) {
             state.queue.remove(index);
             state.live.remove(&attempt);

@@ -121,10 +121,9 @@ impl Link {
     }
 
     /// To be called with the writer locked: then a report that follows a step on the wire counts that step.
-    fn health(&self, nonce: u64, rss_bytes: u64) -> EngineHealth {
+    fn health(&self, rss_bytes: u64) -> EngineHealth {
         let counters = &self.counters;
         EngineHealth {
-            nonce,
             steps: counters.steps.load(Relaxed),
             busy: counters.busy.load(Relaxed),
             running: counters.running.load(Relaxed),
@@ -137,14 +136,6 @@ impl Link {
         }
     }
 
-    /// Answers a ping.
-    fn pong(&self, nonce: u64) -> Result<(), CodecError> {
-        let rss_bytes = rss_bytes();
-        let mut writer = self.lock();
-        let health = self.health(nonce, rss_bytes);
-        writer.send(&EngineEvent::Heartbeat(health))
-    }
-
     /// One periodic report: of the load while it lasts, of the engine's health after it.
     fn beat(&self, tick: u32) -> Result<(), CodecError> {
         let rss_bytes = rss_bytes();
@@ -154,7 +145,7 @@ impl Link {
                 let progress = f32::from_bits(self.counters.progress.load(Relaxed));
                 writer.send(&EngineEvent::Loading { progress })
             }
-            Phase::Ready => writer.send(&EngineEvent::Heartbeat(self.health(0, rss_bytes))),
+            Phase::Ready => writer.send(&EngineEvent::Heartbeat(self.health(rss_bytes))),
             Phase::Loading | Phase::Over => Ok(()),
         }
     }
@@ -205,7 +196,6 @@ fn read_commands(socket: UnixStream, link: &Link, inbox: &Inbox) -> Result<(), C
                 }
             }
             EngineCommand::Cancel { attempt } => inbox.cancel(attempt),
-            EngineCommand::Ping { nonce } => link.pong(nonce)?,
             EngineCommand::Shutdown => return Ok(()),
         }
     }
