@@ -163,6 +163,7 @@ pub fn load(
         dtype: weights.stored().name().to_owned(),
         slots: options.max_sequences,
         fingerprint: weights.fingerprint(&config),
+        exact,
     };
     let runner = catch_unwind(AssertUnwindSafe(|| LlamaRunner::new(model, info, pool)));
     let runner = runner.map_err(|panic| ModelError::LibTorch(panic_text(&*panic)))?;
