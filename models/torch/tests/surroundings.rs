@@ -2,6 +2,7 @@
 
 mod common;
 
+use std::io::Write;
 use std::os::unix::fs::symlink;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -36,6 +37,14 @@ fn stand_in(version: &str) -> (Scratch, PathBuf) {
 
 #[test]
 fn another_libtorch_in_the_way_is_named() {
+    if env!("UNDERSTUDY_BUILD_LIBTORCH").is_empty() {
+        // Straight to the descriptor: the test harness would swallow a println.
+        let _ = writeln!(
+            std::io::stderr(),
+            "\nSKIPPED: built with Python's LibTorch, whose place is not known; no other one was put in its way\n"
+        );
+        return;
+    }
     for (version, right) in [("2.10.1+cu130", false), ("2.11.7+cpu", true)] {
         let (_scratch, root) = stand_in(version);
         let output = engine()
