@@ -3,8 +3,10 @@
 
 use std::path::{Path, PathBuf};
 
-/// The release that tch 0.24 is generated for.
-const WANTED: &str = "2.11";
+#[path = "src/libtorch/version.rs"]
+mod version;
+
+use version::WANTED;
 
 fn main() {
     for name in [
@@ -40,6 +42,8 @@ fn main() {
     }
     if std::env::var_os("LIBTORCH_BYPASS_VERSION_CHECK").is_none() {
         check_version(&libtorch);
+    } else {
+        println!("cargo:rustc-env=UNDERSTUDY_ANY_LIBTORCH=1");
     }
     // Canonical, because a relative LIBTORCH means something else in every working directory.
     let lib = lib.canonicalize().unwrap_or(lib);
@@ -60,19 +64,10 @@ fn main() {
     println!("cargo:rustc-link-arg=-Wl,-rpath,{}", lib.display());
 }
 
-/// Reads the version from where the two ways of packaging put it: `build-version` (zip) or `version.py` (Python wheel).
+/// Stops a build against another release.
 fn check_version(libtorch: &Path) {
-    let read = |name: &str| std::fs::read_to_string(libtorch.join(name)).ok();
-    let from_python = || {
-        let text = read("version.py")?;
-        let line = text.lines().find(|line| line.starts_with("__version__"))?;
-        line.split(['\'', '"']).nth(1).map(str::to_owned)
-    };
-    match read("build-version")
-        .map(|text| text.trim().to_owned())
-        .or_else(from_python)
-    {
-        Some(version) if version == WANTED || version.starts_with(&format!("{WANTED}.")) => {}
+    match version::stated(libtorch) {
+        Some(version) if version::fits(&version) => {}
         Some(version) => fail(&format!(
             "{} holds LibTorch {version}, but {WANTED} is needed",
             libtorch.display()

@@ -2,7 +2,7 @@
 """Writes tiny random Llama checkpoints and what Hugging Face transformers computes with them.
 
     python3 -m venv /tmp/golden-venv
-    /tmp/golden-venv/bin/pip install torch==2.11.0 transformers safetensors
+    /tmp/golden-venv/bin/pip install torch==2.11.0 transformers==5.23.0 safetensors
     /tmp/golden-venv/bin/python scripts/golden/make_llama_goldens.py models/torch/tests/golden
 
 Each directory is a checkpoint (config.json, safetensors) plus

@@ -102,9 +102,9 @@ fn models(config: &ClusterConfig, reader: &Reader<'_>, found: &mut Vec<Problem>)
             );
         }
         if model.numerics == Numerics::Fast {
-            let message = "with \"fast\", a recovered stream may go on differently from what an undisturbed one would say";
+            let message = "with \"fast\", a recovered stream keeps every token that was shown, but may go on with others than an undisturbed one would";
             let problem = reader.problem_at(&format!("model[{at}].numerics"), message);
-            found.push(problem.help("write numerics = \"exact\" for bit-exact recovery"));
+            found.push(problem.help("write numerics = \"exact\" for bit-exact recovery on CPUs; a GPU always computes as with \"fast\""));
         }
         if model.step_token_budget < model.max_sequences {
             let message =

@@ -1,7 +1,7 @@
 //! Chat templates as Hugging Face checkpoints carry them: Jinja2 text, rendered by minijinja.
 //!
 //! Conventions of transformers that are kept: blocks are trimmed (`trim_blocks`, `lstrip_blocks`), `messages` and
-//! `add_generation_prompt` are given, special tokens stand under their names, `raise_exception(text)` refuses a
+//! `add_generation_prompt` are given, `tools` and `documents` are none, special tokens stand under their names, `raise_exception(text)` refuses a
 //! conversation, `strftime_now(format)` gives the time, `tojson` writes Python's JSON, strings and maps have Python's
 //! methods ([`methods`]), `{% generation %}` marks are ignored.
 //!
@@ -93,7 +93,10 @@ impl ChatTemplate {
             .environment
             .get_template(TEMPLATE)
             .map_err(chat_error)?;
-        let values = context! { messages, add_generation_prompt, ..self.special_tokens.clone() };
+        // None, as transformers passes them: templates ask `tools is not none`, and an undefined value is not none.
+        let values = context! {
+            messages, add_generation_prompt, tools => (), documents => (), ..self.special_tokens.clone()
+        };
         template.render(values).map_err(chat_error)
     }
 }

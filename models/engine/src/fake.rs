@@ -10,7 +10,8 @@ use std::time::Duration;
 
 pub use faults::{FaultError, Faults};
 
-use crate::runner::{Chunk, ModelInfo, ModelRunner, Slot, StepError};
+use crate::runner::{Chunk, ModelInfo, ModelRunner, Slot, StepError, Ticks};
+use crate::sampler::SAMPLING_NUMERICS;
 
 /// Logits lie in `-LOGIT_SPAN ..= LOGIT_SPAN`.
 const LOGIT_SPAN: f32 = 8.0;
@@ -27,6 +28,8 @@ pub struct FakeOptions {
     pub salt: u64,
     /// How long a step takes.
     pub step_delay: Duration,
+    /// In how many parts a step reports its delay; 0 reports none.
+    pub step_ticks: u32,
 }
 
 impl Default for FakeOptions {
@@ -38,6 +41,7 @@ impl Default for FakeOptions {
             eos_token_ids: Vec::new(),
             salt: 0,
             step_delay: Duration::ZERO,
+            step_ticks: 0,
         }
     }
 }
@@ -48,6 +52,8 @@ pub struct FakeRunner {
     info: ModelInfo,
     salt: u64,
     step_delay: Duration,
+    step_ticks: u32,
+    ticks: Ticks,
     faults: Faults,
     /// Per slot, the hash of every prefix that it holds.
     caches: Vec<Vec<u64>>,
@@ -66,13 +72,19 @@ impl FakeRunner {
             device: "fake".to_owned(),
             dtype: "f32".to_owned(),
             slots: options.slots,
-            fingerprint: format!("fake-{:016x}-{}", options.salt, options.vocab_size),
+            fingerprint: format!(
+                "fake-{SAMPLING_NUMERICS}-{:016x}-{}",
+                options.salt, options.vocab_size
+            ),
+            exact: true,
         };
         let caches = vec![Vec::new(); options.slots];
         Self {
             info,
             salt: options.salt,
             step_delay: options.step_delay,
+            step_ticks: options.step_ticks,
+            ticks: Ticks::default(),
             faults,
             caches,
             steps: 0,
@@ -84,6 +96,20 @@ impl FakeRunner {
         mix(prefix
             .unwrap_or(self.salt ^ 0x5eed)
             .wrapping_add(u64::from(token) + 1))
+    }
+
+    /// Takes as long as it is told to, and says how it gets on.
+    fn take_time(&self) {
+        if self.step_delay.is_zero() {
+            return;
+        }
+        let parts = self.step_ticks.max(1);
+        for _ in 0..parts {
+            std::thread::sleep(self.step_delay / parts);
+            if self.step_ticks > 0 {
+                self.ticks.tick();
+            }
+        }
     }
 
     fn run_chunk(&mut self, chunk: &Chunk<'_>, logits: &mut Vec<f32>) -> Result<(), StepError> {
@@ -144,14 +170,16 @@ impl ModelRunner for FakeRunner {
         &self.info
     }
 
+    fn set_ticks(&mut self, ticks: Ticks) {
+        self.ticks = ticks;
+    }
+
     fn execute(&mut self, chunks: &[Chunk<'_>], logits: &mut Vec<f32>) -> Result<(), StepError> {
         self.steps += 1;
         self.faults
             .at_step(self.steps)
             .map_err(|message| StepError { message })?;
-        if !self.step_delay.is_zero() {
-            std::thread::sleep(self.step_delay);
-        }
+        self.take_time();
         for (index, chunk) in chunks.iter().enumerate() {
             if chunks[..index].iter().any(|other| other.slot == chunk.slot) {
                 return Err(StepError {

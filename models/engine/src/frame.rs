@@ -13,6 +13,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::replay::NOT_COMPUTED_BITS;
+
 /// Raised by one whenever a message changes incompatibly.
 pub const ENGINE_PROTOCOL: u32 = 1;
 
@@ -101,7 +103,7 @@ pub struct StartAttempt {
     /// Committed output so far; empty at first. The engine goes on at position `committed.len()`.
     pub committed: Vec<u32>,
     /// Logprobs of the last few committed tokens. The engine recomputes them during the replay and answers
-    /// [`AttemptError::ReplayMismatch`] if any bit differs.
+    /// [`AttemptError::ReplayMismatch`] if they differ by more than its numerics may ([`crate::replay`]).
     pub expect_logprobs: Vec<f32>,
     pub sampling: SamplingParams,
 }
@@ -158,20 +160,30 @@ pub enum AttemptError {
         waiting: u32,
         limit: u32,
     },
-    /// The recomputed logprob of a committed token differs: this engine must not serve this log.
-    #[error(
-        "replay mismatch at output position {position}: committed logprob bits {expected:#010x}, recomputed {actual:#010x}"
-    )]
+    /// The recomputed logprob of a committed token differs, or nothing could be recomputed since the log does not fit this engine's
+    /// context (`actual` is [`NOT_COMPUTED_BITS`] then): this engine must not serve this log, another may.
+    #[error("{}", mismatch_text(.position, .expected, .actual))]
     ReplayMismatch {
         position: u32,
         expected: u32,
         actual: u32,
     },
-    /// The model's logits are NaN or infinite: damaged weights, or a number format too narrow for them.
+    /// A logit is NaN or plus infinity, or all are minus infinity: damaged weights, or a number format too narrow for them.
     #[error(
         "logits at output position {position} are not finite; check the weights, or use a wider dtype"
     )]
     NotFinite { position: u32 },
+}
+
+fn mismatch_text(position: &u32, expected: &u32, actual: &u32) -> String {
+    if *actual == NOT_COMPUTED_BITS {
+        return format!(
+            "the log cannot be replayed here: this engine's context has room for {position} output tokens, and no fewer are committed; give all replicas of a model the same context_length"
+        );
+    }
+    format!(
+        "replay mismatch at output position {position}: committed logprob bits {expected:#010x}, recomputed {actual:#010x}"
+    )
 }
 
 /// What an engine says of itself once its weights are loaded.
@@ -202,7 +214,8 @@ pub struct EngineInfo {
 /// A snapshot for load balancing, hang detection and metrics.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct EngineHealth {
-    /// Steps finished since start. Busy and not moving means hung.
+    /// Watermark of work: steps finished since start, plus the parts of steps that the runner has reported. Busy and not
+    /// moving means hung.
     pub steps: u64,
     /// Whether the model thread has work.
     pub busy: bool,
@@ -213,6 +226,9 @@ pub struct EngineHealth {
     pub prompt_tokens: u64,
     pub generated_tokens: u64,
     pub replayed_tokens: u64,
+    /// Replayed logprobs that were close to the committed ones, but not bit-equal; 0 from engines that are exact.
+    #[serde(default)]
+    pub close_logprobs: u64,
     pub rss_bytes: u64,
 }
 

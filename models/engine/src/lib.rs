@@ -20,6 +20,7 @@ pub mod fake;
 pub mod frame;
 pub mod model_dir;
 pub mod penalties;
+pub mod replay;
 pub mod rng;
 pub mod runner;
 pub mod sampler;

@@ -59,7 +59,6 @@ pub struct GenerationDefaults {
     pub repetition_penalty: Option<f32>,
     pub max_new_tokens: Option<u32>,
     eos_token_id: Option<TokenIds>,
-    bos_token_id: Option<u32>,
 }
 
 /// What the directory says of its model.
@@ -73,7 +72,6 @@ pub struct ModelDir {
     /// `max_position_embeddings`: prompt plus output tokens at most.
     pub context_length: usize,
     pub vocab_size: Option<usize>,
-    pub bos_token_id: Option<u32>,
     /// Of `generation_config.json`, else of `config.json`; may be empty.
     pub eos_token_ids: Vec<u32>,
     pub generation: GenerationDefaults,
@@ -103,7 +101,6 @@ struct Config {
     architectures: Option<Vec<String>>,
     max_position_embeddings: Option<usize>,
     vocab_size: Option<usize>,
-    bos_token_id: Option<TokenIds>,
     eos_token_id: Option<TokenIds>,
 }
 
@@ -145,9 +142,6 @@ impl ModelDir {
         let generation: GenerationDefaults =
             read_json(&path.join("generation_config.json"))?.unwrap_or_default();
         let eos = generation.eos_token_id.clone().or(config.eos_token_id);
-        let bos = config
-            .bos_token_id
-            .and_then(|ids| ids.into_vec().first().copied());
         Ok(Self {
             path: path.to_owned(),
             architecture: config
@@ -167,7 +161,6 @@ impl ModelDir {
                     )
                 })?,
             vocab_size: config.vocab_size,
-            bos_token_id: bos.or(generation.bos_token_id),
             eos_token_ids: eos.map(TokenIds::into_vec).unwrap_or_default(),
             generation,
         })

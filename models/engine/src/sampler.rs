@@ -19,6 +19,10 @@ use crate::{
     softmax::{LogSoftmax, Row, finite_max, masked_max, weights_into},
 };
 
+/// Raised whenever a change here, in [`crate::softmax`], [`crate::rng`] or [`crate::penalties`] changes an id or a logprob bit; part of
+/// every fingerprint. A digest in the tests tells when it is due.
+pub const SAMPLING_NUMERICS: &str = "sampling-1";
+
 /// Temperatures below this are greedy, as in vLLM: dividing by them says the same.
 pub const GREEDY_TEMPERATURE: f32 = 1e-5;
 
@@ -30,7 +34,7 @@ const NUCLEUS_GROWTH: usize = 8;
 /// Why a row gives no token. Both mean that this model cannot serve this request, not that the engine is broken.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum SampleError {
-    /// NaN or infinity in the row.
+    /// NaN or plus infinity in the row, or nothing above minus infinity.
     #[error("logits are not finite")]
     NotFinite,
     /// Every token of the vocabulary is suppressed.
@@ -223,12 +227,13 @@ fn draw(weights: &[f32], ids: impl Iterator<Item = u32> + Clone, u: f64) -> Opti
     last
 }
 
-/// The `count` most likely tokens, best first, ties to the lowest id.
+/// The `count` most likely tokens, best first, ties to the lowest id; none that the model rules out.
 fn top_tokens(logits: &[f32], count: usize, log_softmax: LogSoftmax) -> Vec<(u32, f32)> {
     let count = count.min(logits.len());
     let mut top: Vec<(u32, f32)> = Vec::with_capacity(count + 1);
     for (id, &logit) in logits.iter().enumerate() {
-        if top.len() == count && top.last().is_some_and(|&(_, worst)| logit <= worst) {
+        let too_low = top.len() == count && top.last().is_some_and(|&(_, worst)| logit <= worst);
+        if too_low || logit == f32::NEG_INFINITY {
             continue;
         }
         let place = top.partition_point(|&(_, better)| better >= logit);

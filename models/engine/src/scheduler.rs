@@ -10,6 +10,7 @@ use std::collections::VecDeque;
 
 use crate::{
     frame::{AttemptError, AttemptId, StartAttempt, StepToken},
+    replay::ReplayCheck,
     runner::{Chunk, ModelInfo, ModelRunner, Slot, StepError},
     sampler::Sampler,
     sequence::{Limits, Sequence, Span},
@@ -42,6 +43,8 @@ pub struct Totals {
     pub prompt_tokens: u64,
     pub generated_tokens: u64,
     pub replayed_tokens: u64,
+    /// Replayed logprobs that were close to the committed ones, but not bit-equal: only with a runner that is not exact.
+    pub close_logprobs: u64,
 }
 
 /// What one step brought forth.
@@ -90,6 +93,7 @@ impl Scheduler {
             context_length: info.context_length,
             vocab_size: info.vocab_size,
             eos_token_ids: info.eos_token_ids.clone(),
+            replay: ReplayCheck::of(info),
         };
         Self {
             limits,
@@ -319,7 +323,9 @@ impl Scheduler {
             if span.start == 0 {
                 outcome.begun.push(attempt);
             }
-            match sequence.advance(span, rows, vocab_size, &mut self.sampler) {
+            let advanced = sequence.advance(span, rows, vocab_size, &mut self.sampler);
+            self.totals.close_logprobs += sequence.take_close();
+            match advanced {
                 Ok(None) => {}
                 Ok(Some(token)) => {
                     self.totals.generated_tokens += 1;

@@ -12,6 +12,7 @@
 use crate::{
     frame::{AttemptError, AttemptId, FinishReason, OutputToken, SamplingParams, StartAttempt},
     penalties::{History, has_penalties},
+    replay::{NOT_COMPUTED_BITS, ReplayCheck, Verdict},
     sampler::{SampleError, SampleInput, Sampler},
 };
 
@@ -27,6 +28,7 @@ pub struct Limits {
     pub context_length: usize,
     pub vocab_size: usize,
     pub eos_token_ids: Vec<u32>,
+    pub replay: ReplayCheck,
 }
 
 /// Part of a sequence that one step computes. Positions count from the start of the prompt.
@@ -50,6 +52,9 @@ pub struct Sequence {
     computed: usize,
     /// Logprobs of the last committed tokens, to be found again.
     expect_logprobs: Vec<f32>,
+    replay: ReplayCheck,
+    /// How many of them were found again only approximately, since [`Self::take_close`].
+    close: u64,
     sampling: SamplingParams,
     history: Option<History>,
     /// Every end-of-sequence and stop id; suppressed before `min_tokens`.
@@ -61,8 +66,10 @@ impl Sequence {
     /// Checks an attempt against the model and prepares it.
     ///
     /// # Errors
-    /// [`AttemptError::Invalid`], with the numbers.
+    /// [`AttemptError::Invalid`], with the numbers; [`AttemptError::ReplayMismatch`] for a log that another engine began and this
+    /// one has no room to go on with.
     pub fn admit(start: StartAttempt, limits: &Limits) -> Result<Self, AttemptError> {
+        check_log_fits(&start, limits)?;
         check_tokens(&start, limits).map_err(AttemptError::Invalid)?;
         check_sampling(&start.sampling, limits).map_err(AttemptError::Invalid)?;
         let StartAttempt {
@@ -83,6 +90,8 @@ impl Sequence {
             forced_len: tokens.len(),
             computed: 0,
             expect_logprobs,
+            replay: limits.replay,
+            close: 0,
             history: None,
             ending_ids,
             context_length: limits.context_length,
@@ -198,8 +207,13 @@ impl Sequence {
         Ok(sampled)
     }
 
+    /// How many logprobs were found again only approximately since the last call.
+    pub fn take_close(&mut self) -> u64 {
+        std::mem::take(&mut self.close)
+    }
+
     fn check_replay(
-        &self,
+        &mut self,
         index: usize,
         row: &[f32],
         sampler: &Sampler,
@@ -209,14 +223,18 @@ impl Sequence {
         let actual = sampler
             .logprob(row, self.tokens[index])
             .map_err(|_| AttemptError::NotFinite { position })?;
-        if actual.to_bits() == expected.to_bits() {
-            return Ok(());
+        match self.replay.verdict(expected, actual) {
+            Verdict::Same => Ok(()),
+            Verdict::Close => {
+                self.close += 1;
+                Ok(())
+            }
+            Verdict::Different => Err(AttemptError::ReplayMismatch {
+                position,
+                expected: expected.to_bits(),
+                actual: actual.to_bits(),
+            }),
         }
-        Err(AttemptError::ReplayMismatch {
-            position,
-            expected: expected.to_bits(),
-            actual: actual.to_bits(),
-        })
     }
 
     fn sample(&mut self, row: &[f32], sampler: &mut Sampler) -> Result<OutputToken, AttemptError> {
@@ -268,6 +286,24 @@ impl Sequence {
 /// Room reserved ahead at most; longer outputs grow by doubling, which is rare enough.
 const RESERVE_TOKENS: usize = 4096;
 
+/// A log with output was once admitted, by an engine with a longer context: the request is well, and another replica can go on with it.
+/// So the refusal must not be final.
+fn check_log_fits(start: &StartAttempt, limits: &Limits) -> Result<(), AttemptError> {
+    let committed = start.committed.len();
+    let room = limits.context_length.saturating_sub(start.prompt.len());
+    if committed == 0 || committed < room {
+        return Ok(());
+    }
+    Err(AttemptError::ReplayMismatch {
+        position: room as u32,
+        expected: start
+            .expect_logprobs
+            .last()
+            .map_or(NOT_COMPUTED_BITS, |logprob| logprob.to_bits()),
+        actual: NOT_COMPUTED_BITS,
+    })
+}
+
 fn check_tokens(start: &StartAttempt, limits: &Limits) -> Result<(), String> {
     let (prompt, committed) = (start.prompt.len(), start.committed.len());
     if prompt == 0 {
@@ -281,12 +317,6 @@ fn check_tokens(start: &StartAttempt, limits: &Limits) -> Result<(), String> {
             "the prompt has {prompt} tokens, and the model's context of {} tokens must hold at least one more for the output; shorten the prompt by {} tokens",
             limits.context_length,
             prompt + 1 - limits.context_length
-        ));
-    }
-    if prompt + committed > limits.context_length {
-        return Err(format!(
-            "prompt ({prompt}) and committed tokens ({committed}) exceed the model's context of {} tokens",
-            limits.context_length
         ));
     }
     let foreign = start

@@ -10,7 +10,8 @@
 //! ```
 //!
 //! The model thread is the one that calls [`serve`]: a [`ModelRunner`] need not be `Send`. While it is stuck in a step
-//! the heartbeat goes on with the same step counter, which is how a node tells a hang from a death.
+//! the heartbeat goes on with the same watermark, which is how a node tells a hang from a death; while a step is merely
+//! long the runner moves the watermark ([`Ticks`](crate::runner::Ticks)).
 //!
 //! Invariant: the process ends as soon as its socket does, even in the middle of a step: the reader ends it with
 //! `_exit`. It owns nothing that needs a tidy end; every exit is a crash that its node knows how to follow.
@@ -66,12 +67,20 @@ pub enum SocketError {
 
 /// Takes over the socket that the node has passed as descriptor `fd`, and keeps it from children of ours.
 ///
+/// The number must be the one of the command line, taken once: whatever is open under it is closed with the stream.
+///
 /// # Errors
 /// [`SocketError`].
 pub fn inherited_socket(fd: RawFd) -> Result<UnixStream, SocketError> {
     use nix::fcntl::{FcntlArg, FdFlag, fcntl};
+    if fd < 0 {
+        return Err(SocketError::NotOpen {
+            fd,
+            source: nix::Error::EBADF,
+        });
+    }
     // SAFETY: only queried; a number that is not open gives EBADF.
-    let borrowed = unsafe { std::os::fd::BorrowedFd::borrow_raw(fd.max(0)) };
+    let borrowed = unsafe { std::os::fd::BorrowedFd::borrow_raw(fd) };
     fcntl(borrowed, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC))
         .map_err(|source| SocketError::NotOpen { fd, source })?;
     // SAFETY: it is open, and by the contract of the command line it was passed for us to own.
@@ -113,10 +122,15 @@ pub fn serve(
         Ok(Err(failure)) => failure,
         Err(panic) => (
             ExitStatus::Panicked,
-            format!("the model thread panicked: {}", panic_text(&*panic)),
+            format!(
+                "the model thread panicked: {}",
+                crate::runner::panic_text(&*panic)
+            ),
         ),
     };
-    link.fatal(message);
+    if !link.fatal(message) {
+        threads::park_for_ever();
+    }
     Ok(status)
 }
 
@@ -130,6 +144,7 @@ fn run(
 ) -> Result<std::convert::Infallible, (ExitStatus, String)> {
     // Never dropped: after a device fault a destructor may hang, and the node must hear of the fault first.
     let mut runner = ManuallyDrop::new(runner);
+    runner.set_ticks(link.ticks());
     let mut scheduler = Scheduler::new(runner.info(), options.scheduler);
     inbox.set_slots(runner.info().slots);
     let send_failed = |error: CodecError| {
@@ -250,8 +265,17 @@ fn die_with_parent() {
     debug_assert_eq!(result, 0, "PR_SET_PDEATHSIG takes any signal");
 }
 
-fn panic_text(panic: &(dyn std::any::Any + Send)) -> &str {
-    let text = panic.downcast_ref::<&str>().copied();
-    text.or_else(|| panic.downcast_ref::<String>().map(String::as_str))
-        .unwrap_or("no message")
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_number_that_is_no_descriptor_is_an_error() {
+        for fd in [-1, -3, i32::MIN] {
+            assert!(matches!(
+                inherited_socket(fd),
+                Err(SocketError::NotOpen { fd: named, .. }) if named == fd
+            ));
+        }
+    }
 }

@@ -28,11 +28,12 @@ impl Row {
     }
 }
 
-/// The maximum of a row in which every value is finite, `None` for any other row (an empty one too).
+/// The maximum of a row of a model: `None` if a value is NaN or plus infinity, or if none is above minus infinity. A minus infinity
+/// among others is a token that the model rules out.
 #[must_use]
 pub fn finite_max(logits: &[f32]) -> Option<Row> {
-    let (max, all_finite) = dispatch_scan(logits);
-    (all_finite && !logits.is_empty()).then_some(Row { max })
+    let (max, usable) = dispatch_scan(logits);
+    (usable && max > f32::NEG_INFINITY).then_some(Row { max })
 }
 
 /// The maximum of a row in which minus infinity means "not this one".
@@ -94,15 +95,22 @@ fn scan(logits: &[f32]) -> (f32, bool) {
         for lane in 0..LANES {
             let x = block[lane];
             max[lane] = if x > max[lane] { x } else { max[lane] };
-            bad[lane] |= u32::from(x.to_bits() & 0x7f80_0000 == 0x7f80_0000);
+            bad[lane] |= u32::from(is_fault(x));
         }
     }
     let mut best = f32::NEG_INFINITY;
     for &x in max.iter().chain(tail) {
         best = if x > best { x } else { best };
     }
-    let finite = bad.iter().all(|&flag| flag == 0) && tail.iter().all(|x| x.is_finite());
-    (best, finite)
+    let usable = bad.iter().all(|&flag| flag == 0) && !tail.iter().any(|&x| is_fault(x));
+    (best, usable)
+}
+
+/// NaN or plus infinity, without a branch.
+#[inline(always)]
+fn is_fault(x: f32) -> bool {
+    let bits = x.to_bits();
+    bits & 0x7f80_0000 == 0x7f80_0000 && bits != f32::NEG_INFINITY.to_bits()
 }
 
 #[inline(always)]
@@ -179,6 +187,18 @@ mod tests {
         }
     }
 
+    /// Lane 0 alone holds a 1, and every other term is less than half a step of it: only an order that adds the small ones among
+    /// themselves first gets above 1.
+    #[test]
+    fn the_sum_starts_with_lane_0() {
+        let logits = [&[-37.0; LANES][..], &[0.0], &[-50.0; LANES - 1]].concat();
+        assert_eq!(dispatch_sum(&logits, 0.0).to_bits(), 1.0_f64.to_bits());
+        assert_eq!(
+            sum_of_exponentials(&logits, 0.0).to_bits(),
+            1.0_f64.to_bits()
+        );
+    }
+
     #[test]
     fn logprobs_agree_with_double_precision() {
         let logits = row(1000);
@@ -192,7 +212,7 @@ mod tests {
 
     #[test]
     fn a_row_with_one_bad_value_anywhere_is_refused() {
-        for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+        for bad in [f32::NAN, -f32::NAN, f32::INFINITY] {
             for index in 0..40 {
                 let mut logits = row(40);
                 logits[index] = bad;
@@ -200,6 +220,13 @@ mod tests {
             }
         }
         assert!(finite_max(&[]).is_none());
+        assert!(finite_max(&[f32::NEG_INFINITY; 20]).is_none());
+        for index in 0..40 {
+            let mut logits = row(40);
+            logits[index] = f32::NEG_INFINITY;
+            let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+            assert_eq!(finite_max(&logits).unwrap().max, max, "ruled out: {index}");
+        }
         assert_eq!(
             masked_max(&[f32::NEG_INFINITY; 3]).unwrap_err(),
             SampleError::NothingLeft

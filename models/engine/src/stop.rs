@@ -111,12 +111,6 @@ impl StopMatcher {
         std::mem::take(&mut self.held)
     }
 
-    /// Bytes held back.
-    #[must_use]
-    pub fn held_bytes(&self) -> usize {
-        self.held.len()
-    }
-
     /// Index, start and end of the match that is complete first.
     fn first_match(&self) -> Option<(usize, usize, usize)> {
         let matches = self.stops.iter().enumerate().filter_map(|(index, stop)| {
@@ -189,7 +183,7 @@ mod tests {
         let mut matcher = StopMatcher::new(vec!["</s>".to_owned()], false).unwrap();
         assert_eq!(matcher.push("abc<").text, "abc");
         assert_eq!(matcher.push("/").text, "");
-        assert_eq!(matcher.held_bytes(), 2);
+        assert_eq!(matcher.held.len(), 2);
         assert_eq!(matcher.push("x").text, "</x");
         assert_eq!(matcher.push("</").text, "");
         assert_eq!(

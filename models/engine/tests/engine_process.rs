@@ -323,6 +323,45 @@ fn a_hung_step_shows_in_the_heartbeat() {
     assert_eq!(engine.exit().code(), code(ExitStatus::Done));
 }
 
+/// One step that takes a second: whether its watermark moves before it is over.
+fn moves_within_a_step(options: &[&str]) -> bool {
+    let long = ["--step-delay-us", "1000000"];
+    let (mut engine, _) = Engine::ready(&[&long, options].concat());
+    engine.start(1, 1);
+    let mut seen = Vec::new();
+    engine.wait_for(|event| match event {
+        EngineEvent::Heartbeat(health) if health.busy => {
+            seen.push(health.steps);
+            None
+        }
+        EngineEvent::Step { .. } => Some(()),
+        _ => None,
+    });
+    assert!(seen.len() >= 3 && seen.is_sorted(), "{seen:?}");
+    seen.first() < seen.last()
+}
+
+#[test]
+fn a_long_step_moves_the_watermark_if_the_runner_reports() {
+    assert!(moves_within_a_step(&["--step-ticks", "10"]));
+    assert!(!moves_within_a_step(&[]));
+}
+
+/// A node that hears of a fault closes the socket at once. That must not turn the exit code into that of a good end.
+#[test]
+fn the_exit_code_of_a_fault_survives_a_quick_node() {
+    for round in 0..40 {
+        let mut engine = Engine::spawn(&["--fail-at-start"]);
+        engine.fatal();
+        engine.socket.shutdown(std::net::Shutdown::Both).unwrap();
+        assert_eq!(
+            engine.exit().code(),
+            code(ExitStatus::LoadFailed),
+            "round {round}"
+        );
+    }
+}
+
 #[test]
 fn faults_give_their_exit_codes() {
     let cases: [(&[&str], ExitStatus); 3] = [

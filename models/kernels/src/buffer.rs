@@ -19,7 +19,6 @@ pub struct Buffer<T> {
 pub trait Element: Copy + Default {}
 impl Element for f32 {}
 impl Element for u16 {}
-impl Element for i8 {}
 
 impl<T: Element> Buffer<T> {
     /// `len` zeros.

@@ -37,10 +37,14 @@ impl KvBlocks {
         }
     }
 
-    /// Bytes that a position takes in one layer.
+    /// Bytes that a position takes in one layer; the largest number if that is more than a number can say.
     #[must_use]
     pub fn position_bytes(kv_heads: usize, head_dim: usize) -> usize {
-        kv_heads * (head_dim + head_dim.next_multiple_of(UNIT)) * size_of::<f32>()
+        head_dim
+            .checked_next_multiple_of(UNIT)
+            .and_then(|padded| padded.checked_add(head_dim)?.checked_mul(size_of::<f32>()))
+            .and_then(|head_bytes| head_bytes.checked_mul(kv_heads))
+            .unwrap_or(usize::MAX)
     }
 
     /// Key-value heads.
@@ -99,5 +103,18 @@ impl KvBlocks {
     pub(crate) fn values(&self, block: u32, head: usize) -> &[f32] {
         let size = self.head_dim.next_multiple_of(UNIT) * BLOCK;
         &self.values[(block as usize * self.kv_heads + head) * size..][..size]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_position_of_any_claimed_size_has_a_number_of_bytes() {
+        assert_eq!(KvBlocks::position_bytes(2, 20), 2 * (20 + 32) * 4);
+        for (heads, dim) in [(usize::MAX, 2), (2, usize::MAX), (1 << 31, 1 << 31)] {
+            assert_eq!(KvBlocks::position_bytes(heads, dim), usize::MAX);
+        }
     }
 }

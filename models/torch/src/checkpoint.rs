@@ -20,6 +20,8 @@ use memmap2::Mmap;
 use serde::Deserialize;
 use sha2::{Digest, Sha256};
 
+use crate::tensor_error::TensorError;
+
 const SINGLE: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
 
@@ -53,27 +55,6 @@ pub enum CheckpointError {
     Index { path: PathBuf, reason: String },
 }
 
-/// Why one tensor cannot be used.
-#[derive(Debug, thiserror::Error)]
-pub enum TensorError {
-    #[error(
-        "tensor \"{0}\" is missing from the checkpoint; its files are incomplete or of another model"
-    )]
-    Missing(String),
-    #[error(
-        "tensor \"{0}\" is quantized in this checkpoint (GPTQ, AWQ or a relative), which this engine does not support; use the f32, bf16 or f16 weights"
-    )]
-    Quantized(String),
-    #[error("tensor \"{name}\" has shape {found:?}, but config.json implies {expected:?}")]
-    Shape {
-        name: String,
-        expected: Vec<i64>,
-        found: Vec<u64>,
-    },
-    #[error("tensor \"{name}\" is stored as {dtype}; supported: F32, BF16, F16")]
-    Dtype { name: String, dtype: String },
-}
-
 /// How a tensor's elements are stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum StoredType {
@@ -102,7 +83,8 @@ impl StoredType {
         }
     }
 
-    fn of(dtype: &str) -> Option<Self> {
+    /// By safetensors' name.
+    pub(crate) fn of(dtype: &str) -> Option<Self> {
         match dtype {
             "F32" => Some(Self::F32),
             "BF16" => Some(Self::Bf16),
@@ -181,6 +163,11 @@ impl Checkpoint {
         let index = self.files.len();
         for (name, raw, data_start) in header::parse_header(&path, &map)? {
             let entry = header::locate(&path, &map, index, &name, raw, data_start)?;
+            // Which of two would count is nobody's to guess.
+            if self.tensors.contains_key(&name) {
+                let reason = format!("tensor \"{name}\" is in another shard too");
+                return Err(CheckpointError::Index { path, reason });
+            }
             self.tensors.insert(name, entry);
         }
         self.files.push(map);
@@ -258,7 +245,11 @@ impl Checkpoint {
             return Err(TensorError::Shape {
                 name: name.to_owned(),
                 expected: expected.to_vec(),
-                found: entry.shape.clone(),
+                found: entry
+                    .shape
+                    .iter()
+                    .map(|size| i64::try_from(*size).unwrap_or(i64::MAX))
+                    .collect(),
             });
         }
         Ok(StoredTensor {
@@ -278,12 +269,6 @@ impl Checkpoint {
         } else {
             TensorError::Missing(name.to_owned())
         }
-    }
-
-    /// Whether there is a tensor of this name.
-    #[must_use]
-    pub fn contains(&self, name: &str) -> bool {
-        self.tensors.contains_key(name)
     }
 
     /// The element type of most bytes of the checkpoint; `None` if none of the supported ones occurs.
@@ -359,31 +344,5 @@ impl Entry {
         }
         hash.update(&file[self.start..self.end]);
         hash.finalize().into()
-    }
-}
-
-impl From<TensorError> for crate::llama::LoadError {
-    fn from(error: TensorError) -> Self {
-        match error {
-            TensorError::Missing(name) => Self::Missing(name),
-            TensorError::Shape {
-                name,
-                expected,
-                found,
-            } => Self::Shape {
-                name,
-                expected,
-                found: found
-                    .iter()
-                    .map(|size| i64::try_from(*size).unwrap_or(i64::MAX))
-                    .collect(),
-            },
-            TensorError::Quantized(ref name) | TensorError::Dtype { ref name, .. } => {
-                Self::Unreadable {
-                    name: name.clone(),
-                    reason: error.to_string(),
-                }
-            }
-        }
     }
 }

@@ -4,10 +4,15 @@
 //! crate cannot compute (another model family, an unknown activation or RoPE scaling, sizes that do not divide)
 //! is refused here with a message that names the key.
 
+mod rope;
+
 use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 use serde_json::{Value, json};
+
+pub use rope::RopeScaling;
+use rope::rope_of;
 
 /// Why a `config.json` cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -40,28 +45,15 @@ pub enum ConfigError {
     Inconsistent(String),
 }
 
+/// What this engine computes.
+const ARCHITECTURE: &str = "LlamaForCausalLM";
+
 /// Element type in which the checkpoint says its weights are stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum WeightType {
     F32,
     Bf16,
     F16,
-}
-
-/// How rotary frequencies are stretched for contexts longer than those of pre-training.
-#[derive(Debug, Clone, PartialEq)]
-pub enum RopeScaling {
-    /// Plain RoPE.
-    None,
-    /// Every frequency divided by `factor`.
-    Linear { factor: f64 },
-    /// Llama 3.1's piecewise rule (transformers' `rope_type = "llama3"`).
-    Llama3 {
-        factor: f64,
-        low_freq_factor: f64,
-        high_freq_factor: f64,
-        original_max_position_embeddings: f64,
-    },
 }
 
 /// The architecture of one Llama checkpoint; sizes are in elements.
@@ -100,6 +92,7 @@ enum OneOrMany {
 #[derive(Deserialize)]
 struct RawConfig {
     model_type: Option<String>,
+    architectures: Option<Vec<String>>,
     vocab_size: Option<i64>,
     hidden_size: Option<i64>,
     intermediate_size: Option<i64>,
@@ -175,7 +168,7 @@ impl LlamaConfig {
             _ => "float32",
         };
         let mut value = json!({
-            "architectures": ["LlamaForCausalLM"],
+            "architectures": [ARCHITECTURE],
             "model_type": "llama",
             "vocab_size": self.vocab_size,
             "hidden_size": self.hidden_size,
@@ -287,6 +280,15 @@ fn check_family(raw: &RawConfig) -> Result<(), ConfigError> {
             supported: "\"llama\"",
         });
     }
+    // One model type has several architectures: with a classifier on top, or without a head.
+    let architecture = raw.architectures.iter().flatten().next();
+    if let Some(other) = architecture.filter(|name| *name != ARCHITECTURE) {
+        return Err(ConfigError::Unsupported {
+            key: "architectures",
+            value: format!("\"{other}\""),
+            supported: "\"LlamaForCausalLM\", a decoder with a language-model head",
+        });
+    }
     match raw.hidden_act.as_deref() {
         None | Some("silu" | "swish") => {}
         Some(other) => {
@@ -325,63 +327,16 @@ fn weight_type(name: Option<String>) -> Result<Option<WeightType>, ConfigError> 
     }
 }
 
-/// Theta and the scaling rule; `rope_parameters` (transformers 5) wins over the older keys.
-fn rope_of(raw: &RawConfig) -> Result<(f64, RopeScaling), ConfigError> {
-    const DEFAULT_THETA: f64 = 10_000.0;
-    let rule = [&raw.rope_parameters, &raw.rope_scaling]
-        .into_iter()
-        .flatten()
-        .find(|value| !value.is_null());
-    let Some(rule) = rule else {
-        return Ok((raw.rope_theta.unwrap_or(DEFAULT_THETA), RopeScaling::None));
-    };
-    let number = |key: &'static str| {
-        rule.get(key)
-            .and_then(Value::as_f64)
-            .filter(|x| x.is_finite() && *x > 0.0)
-            .ok_or(ConfigError::Missing(key))
-    };
-    let theta = match rule.get("rope_theta") {
-        Some(_) => number("rope_theta")?,
-        None => raw.rope_theta.unwrap_or(DEFAULT_THETA),
-    };
-    // "type" is the spelling before transformers 4.43.
-    let kind = rule
-        .get("rope_type")
-        .or_else(|| rule.get("type"))
-        .and_then(Value::as_str);
-    let scaling = match kind {
-        None | Some("default") => RopeScaling::None,
-        Some("linear") => RopeScaling::Linear {
-            factor: number("factor")?,
-        },
-        Some("llama3") => RopeScaling::Llama3 {
-            factor: number("factor")?,
-            low_freq_factor: number("low_freq_factor")?,
-            high_freq_factor: number("high_freq_factor")?,
-            original_max_position_embeddings: number("original_max_position_embeddings")?,
-        },
-        Some(other) => {
-            return Err(ConfigError::Unsupported {
-                key: "rope_type",
-                value: format!("\"{other}\""),
-                supported: "\"default\", \"linear\", \"llama3\"",
-            });
-        }
-    };
-    Ok((theta, scaling))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    const V4: &str = r#"{"architectures":["LlamaForCausalLM"],"model_type":"llama","vocab_size":100,"hidden_size":64,
+    pub(super) const V4: &str = r#"{"architectures":["LlamaForCausalLM"],"model_type":"llama","vocab_size":100,"hidden_size":64,
         "intermediate_size":96,"num_hidden_layers":2,"num_attention_heads":4,"num_key_value_heads":2,
         "max_position_embeddings":128,"rms_norm_eps":1e-5,"rope_theta":5000.0,"rope_scaling":null,
         "tie_word_embeddings":true,"bos_token_id":1,"eos_token_id":[2,3],"torch_dtype":"bfloat16"}"#;
 
-    fn with(key: &str, value: Value) -> String {
+    pub(super) fn with(key: &str, value: Value) -> String {
         let mut config: Value = serde_json::from_str(V4).unwrap();
         config[key] = value;
         config.to_string()
@@ -444,6 +399,10 @@ mod tests {
         let cases = [
             (with("model_type", json!("mistral")), "model_type"),
             (without("model_type"), "model_type"),
+            (
+                with("architectures", json!(["LlamaForSequenceClassification"])),
+                "architectures",
+            ),
             (without("hidden_size"), "hidden_size"),
             (with("hidden_act", json!("gelu")), "hidden_act"),
             (with("num_key_value_heads", json!(3)), "num_key_value_heads"),

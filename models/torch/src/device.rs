@@ -10,6 +10,8 @@ use std::str::FromStr;
 
 use tch::Device;
 
+use crate::libtorch::{self, WrongLibTorch};
+
 /// Names the file `libtorch_cuda.so`, or the directory that holds it, where it is not beside the LibTorch of the build.
 pub const ENV_LIBTORCH_CUDA: &str = "UNDERSTUDY_LIBTORCH_CUDA";
 /// The root of the LibTorch that is used at run time.
@@ -38,6 +40,8 @@ pub enum DeviceError {
     NoLibrary { searched: String },
     #[error("CUDA was asked for, but {path} cannot be loaded: {reason}")]
     LoadFailed { path: PathBuf, reason: String },
+    #[error("CUDA was asked for, but {0}")]
+    OtherRelease(#[from] WrongLibTorch),
     #[error(
         "CUDA was asked for, but LibTorch finds no usable GPU; check the driver with nvidia-smi"
     )]
@@ -147,7 +151,8 @@ fn load_library() -> Result<(), DeviceError> {
         path: path.clone(),
         reason,
     };
-    check_version(path).map_err(failed)?;
+    // A library of another release would be mixed with the CPU part that this binary is linked with, and crash in some later call.
+    libtorch::check(path)?;
     let name =
         CString::new(path.as_os_str().as_bytes()).map_err(|error| failed(error.to_string()))?;
     // SAFETY: a library's initialisers run here; this one is made for it. The handle is kept for the life of the process.
@@ -167,42 +172,9 @@ fn load_library() -> Result<(), DeviceError> {
     Ok(())
 }
 
-/// A library of another release would be mixed with the CPU part that this binary is linked with, and crash in some later call.
-fn check_version(library: &Path) -> Result<(), String> {
-    let Some(root) = library.parent().and_then(Path::parent) else {
-        return Ok(());
-    };
-    let read = |name: &str| std::fs::read_to_string(root.join(name)).ok();
-    let version = read("build-version").or_else(|| {
-        let text = read("version.py")?;
-        let line = text.lines().find(|line| line.starts_with("__version__"))?;
-        line.split(['\'', '"']).nth(1).map(str::to_owned)
-    });
-    match version.as_deref().map(str::trim) {
-        Some(version) if !version.starts_with("2.11.") => Err(format!(
-            "it belongs to LibTorch {version}, but this engine needs 2.11"
-        )),
-        // A place that states no version: the dynamic loader has the last word.
-        _ => Ok(()),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_library_of_another_release_is_refused() {
-        let root = std::env::temp_dir().join(format!("understudy-device-{}", std::process::id()));
-        std::fs::create_dir_all(root.join("lib")).unwrap();
-        let library = root.join("lib").join(LIBRARY);
-        assert!(check_version(&library).is_ok());
-        std::fs::write(root.join("version.py"), "__version__ = '2.10.1+cu130'\n").unwrap();
-        assert!(check_version(&library).unwrap_err().contains("2.10.1"));
-        std::fs::write(root.join("build-version"), "2.11.0+cpu\n").unwrap();
-        assert!(check_version(&library).is_ok());
-        std::fs::remove_dir_all(&root).unwrap();
-    }
 
     #[test]
     fn names_are_parsed_and_unknown_ones_are_told_what_is_allowed() {

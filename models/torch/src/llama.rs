@@ -9,26 +9,7 @@ use crate::config::LlamaConfig;
 use crate::exact::SharedPool;
 pub use crate::layers::Attention;
 use crate::layers::{Embedding, GetWeight, Linear, Mlp, RmsNorm, Rope, RopeAngles, SelfAttention};
-
-/// Why a model's weights cannot be used.
-#[derive(Debug, thiserror::Error)]
-pub enum LoadError {
-    /// The checkpoint has no tensor of this name.
-    #[error(
-        "the checkpoint lacks the tensor \"{0}\"; its files are incomplete or of another model"
-    )]
-    Missing(String),
-    /// The tensor's shape is not what `config.json` implies.
-    #[error("tensor \"{name}\" has shape {found:?}, but config.json implies {expected:?}")]
-    Shape {
-        name: String,
-        expected: Vec<i64>,
-        found: Vec<i64>,
-    },
-    /// The tensor cannot be read: input/output, format, element type.
-    #[error("tensor \"{name}\" cannot be read: {reason}")]
-    Unreadable { name: String, reason: String },
-}
+use crate::tensor_error::TensorError;
 
 /// One transformer block.
 #[derive(Debug)]
@@ -54,7 +35,7 @@ pub struct Llama {
 impl Llama {
     /// Builds the model from what `get(name, expected shape)` returns. Serving reads safetensors there, training
     /// makes parameters. The weights' device and element type are the model's.
-    pub fn load(config: LlamaConfig, get: &mut GetWeight<'_>) -> Result<Self, LoadError> {
+    pub fn load(config: LlamaConfig, get: &mut GetWeight<'_>) -> Result<Self, TensorError> {
         let mut get = checked(get);
         let get: &mut GetWeight<'_> = &mut get;
         let (vocab, hidden) = (config.vocab_size, config.hidden_size);
@@ -143,7 +124,7 @@ impl DecoderLayer {
         index: usize,
         config: &LlamaConfig,
         get: &mut GetWeight<'_>,
-    ) -> Result<Self, LoadError> {
+    ) -> Result<Self, TensorError> {
         let name = format!("model.layers.{index}");
         let (hidden, eps) = (config.hidden_size, config.rms_norm_eps);
         let post = format!("{name}.post_attention_layernorm");
@@ -172,12 +153,12 @@ impl DecoderLayer {
 /// `get`, with every answer's shape compared to the question's.
 fn checked<'a>(
     get: &'a mut GetWeight<'_>,
-) -> impl FnMut(&str, &[i64]) -> Result<Tensor, LoadError> + 'a {
+) -> impl FnMut(&str, &[i64]) -> Result<Tensor, TensorError> + 'a {
     move |name, expected| {
         let tensor = get(name, expected)?;
         let found = tensor.size();
         if found != expected {
-            return Err(LoadError::Shape {
+            return Err(TensorError::Shape {
                 name: name.to_owned(),
                 expected: expected.to_vec(),
                 found,
@@ -200,7 +181,7 @@ mod tests {
         let config = crate::demo::model_config(300);
         let error = Llama::load(config, &mut |name, shape| {
             if name == "model.layers.1.mlp.up_proj.weight" {
-                return Err(LoadError::Missing(name.to_owned()));
+                return Err(TensorError::Missing(name.to_owned()));
             }
             Ok(zeros(shape))
         })

@@ -1,24 +1,29 @@
 //! From a checkpoint directory to a runner.
 
+mod cache_size;
+
+use std::collections::BTreeSet;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::Arc;
 
-use sha2::{Digest, Sha256};
 use tch::{Device, Kind, Tensor};
 use understudy_engine_core::model_dir::{ModelDir, ModelDirError};
-use understudy_engine_core::runner::ModelInfo;
+use understudy_engine_core::runner::{ModelInfo, panic_text};
+use understudy_engine_core::tokenizer::{TextTokenizer, TokenizerError};
 use understudy_kernels::Pool;
 
 use crate::checkpoint::{Checkpoint, CheckpointError, StoredTensor, StoredType};
 use crate::config::{ConfigError, LlamaConfig};
 use crate::device::{DeviceChoice, DeviceError, device_name};
-use crate::llama::{Llama, LoadError};
-use crate::runner::{ExactCache, LlamaRunner, Numerics, panic_text};
-
-/// Raised whenever a change to a kernel or a layer changes bits; part of the fingerprint.
-const EXACT_NUMERICS: &str = "exact-1";
+use crate::fingerprint::{Arithmetic, fingerprint};
+use crate::gpu;
+use crate::libtorch::{self, WrongLibTorch};
+use crate::llama::Llama;
+use crate::runner::{LlamaRunner, Numerics};
+use crate::tensor_error::{TensorError, check_all_used};
+use cache_size::CacheSize;
 
 /// In which width weights are kept.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -84,23 +89,36 @@ pub enum ModelError {
     #[error("{directory}: {source}")]
     Weights {
         directory: PathBuf,
-        source: LoadError,
+        source: TensorError,
     },
     #[error(transparent)]
     Device(#[from] DeviceError),
+    #[error(transparent)]
+    WrongLibTorch(#[from] WrongLibTorch),
+    #[error(transparent)]
+    Tokenizer(#[from] TokenizerError),
+    #[error(
+        "{path} has ids up to {highest}, but vocab_size in config.json is {vocab_size}; are they of one checkpoint?"
+    )]
+    ForeignTokenizer {
+        path: PathBuf,
+        highest: usize,
+        vocab_size: usize,
+    },
     #[error("{0}")]
     Option(String),
     #[error(transparent)]
     Directory(#[from] ModelDirError),
     #[error(
-        "the KV cache of {slots} sequences of {context_length} positions takes {} MB, and the machine has {} MB of memory; lower max_sequences or context_length",
-        .needed_bytes >> 20, .memory_bytes >> 20
+        "the KV cache of {slots} sequences of {context_length} positions takes {} MiB, and {available}; lower max_sequences or context_length",
+        .needed_bytes >> 20
     )]
     CacheTooLarge {
         slots: usize,
         context_length: usize,
         needed_bytes: u64,
-        memory_bytes: u64,
+        /// What the device has.
+        available: String,
     },
     #[error("LibTorch failed while the model was loaded: {0}")]
     LibTorch(String),
@@ -115,6 +133,7 @@ pub fn load(
     options: &LoadOptions,
     progress: &mut dyn FnMut(f32),
 ) -> Result<LlamaRunner, ModelError> {
+    libtorch::check_loaded()?;
     let checkpoint = Checkpoint::open(directory)?;
     let mut config = read_config(directory)?;
     let described = ModelDir::open(directory)?;
@@ -122,13 +141,17 @@ pub fn load(
     let exact = device == Device::Cpu && options.numerics == Numerics::Exact;
     // The rotary table need not be longer than the slots.
     config.max_position_embeddings = context_length(&config, options)?;
-    check_cache_size(&config, options, device)?;
+    let cache = CacheSize::of(&config, options, device, exact, &checkpoint)?;
+    cache.check()?;
     let threads = threads(options, &checkpoint);
     tch::set_num_threads(if exact { 1 } else { threads as i32 });
     progress(0.05);
 
     let tokenizer_hash = match described.tokenizer_hash() {
-        Ok(hash) => hash,
+        Ok(hash) => {
+            check_tokenizer(&described.tokenizer_path(), &config)?;
+            hash
+        }
         Err(ModelDirError::Missing { .. }) => String::new(),
         Err(error) => return Err(error.into()),
     };
@@ -137,8 +160,6 @@ pub fn load(
         dtype: options.dtype,
         device,
         exact,
-        threads,
-        tokenizer_hash,
     };
     let loaded = catch_unwind(AssertUnwindSafe(|| weights.model(config.clone())));
     let model = loaded
@@ -162,10 +183,18 @@ pub fn load(
         device: device_name(device),
         dtype: weights.stored().name().to_owned(),
         slots: options.max_sequences,
-        fingerprint: weights.fingerprint(&config),
+        fingerprint: fingerprint(
+            &checkpoint,
+            &config,
+            &tokenizer_hash,
+            &weights.arithmetic(),
+            |stored| chosen(options.dtype, stored),
+        ),
+        exact,
     };
+    // What is left to allocate is the cache.
     let runner = catch_unwind(AssertUnwindSafe(|| LlamaRunner::new(model, info, pool)));
-    let runner = runner.map_err(|panic| ModelError::LibTorch(panic_text(&*panic)))?;
+    let runner = runner.map_err(|panic| cache.refused(&panic_text(&*panic)))?;
     progress(1.0);
     Ok(runner)
 }
@@ -190,32 +219,18 @@ fn context_length(config: &LlamaConfig, options: &LoadOptions) -> Result<usize, 
     }
 }
 
-/// Physical memory is taken as positions are used; a cache that could never fit is refused before the first request.
-fn check_cache_size(
-    config: &LlamaConfig,
-    options: &LoadOptions,
-    device: Device,
-) -> Result<(), ModelError> {
-    let (slots, context_length) = (options.max_sequences, config.max_position_embeddings);
-    if slots == 0 {
-        return Err(ModelError::Option(
-            "at least one sequence must be allowed".to_owned(),
-        ));
+/// Ids that the model has no row for would only be found out by the request that meets one.
+fn check_tokenizer(path: &Path, config: &LlamaConfig) -> Result<(), ModelError> {
+    let ids = TextTokenizer::from_file(path)?.vocab_size();
+    let vocab_size = config.vocab_size as usize;
+    if ids <= vocab_size {
+        return Ok(());
     }
-    let needed_bytes = ExactCache::size_bytes(config, slots, context_length);
-    // SAFETY: plain queries.
-    let memory_bytes = unsafe {
-        libc::sysconf(libc::_SC_PHYS_PAGES) as u64 * libc::sysconf(libc::_SC_PAGESIZE) as u64
-    };
-    if device == Device::Cpu && needed_bytes > memory_bytes {
-        return Err(ModelError::CacheTooLarge {
-            slots,
-            context_length,
-            needed_bytes,
-            memory_bytes,
-        });
-    }
-    Ok(())
+    Err(ModelError::ForeignTokenizer {
+        path: path.to_owned(),
+        highest: ids - 1,
+        vocab_size,
+    })
 }
 
 /// Weight bytes that are worth a thread of their own: below, waking it costs more than it saves. Threads never change bits of the exact
@@ -237,24 +252,33 @@ struct Weights<'a> {
     dtype: DtypeChoice,
     device: Device,
     exact: bool,
-    threads: usize,
-    /// Of tokenizer.json; other text means other tokens. Empty where there is none.
-    tokenizer_hash: String,
 }
 
 impl Weights<'_> {
-    fn model(&self, config: LlamaConfig) -> Result<Llama, LoadError> {
+    fn model(&self, config: LlamaConfig) -> Result<Llama, TensorError> {
         let _no_gradients = tch::no_grad_guard();
-        Llama::load(config, &mut |name, shape| {
+        let mut asked = BTreeSet::new();
+        let model = Llama::load(config, &mut |name, shape| {
+            asked.insert(name.to_owned());
             let stored = self.checkpoint.tensor(name, shape)?;
             Ok(self.convert(&stored))
-        })
+        })?;
+        let names = self.checkpoint.entries().map(|(name, ..)| name);
+        check_all_used(names, &asked, model.config())?;
+        Ok(model)
+    }
+
+    fn arithmetic(&self) -> Arithmetic {
+        if self.exact {
+            return Arithmetic::Exact;
+        }
+        let release = libtorch::loaded_version();
+        Arithmetic::stock(self.device, self.stored(), release, gpu::name)
     }
 
     /// The type in which most weights are kept.
     fn stored(&self) -> StoredType {
-        let checkpoint = self.checkpoint.main_type().unwrap_or(StoredType::F32);
-        chosen(self.dtype, checkpoint)
+        main_type(self.dtype, self.checkpoint)
     }
 
     /// Exact: a matrix in its chosen width (until it is packed, possibly still in the mapped file), a vector widened to f32. Else: everything
@@ -272,47 +296,10 @@ impl Weights<'_> {
             _ => tensor.to_kind(kind(chosen(self.dtype, stored.dtype))),
         }
     }
+}
 
-    /// Equal fingerprints mean equal bits: what is computed (values, sizes), and by whose arithmetic.
-    fn fingerprint(&self, config: &LlamaConfig) -> String {
-        let mut hash = Sha256::new();
-        hash.update(self.checkpoint.value_hash());
-        hash.update(&self.tokenizer_hash);
-        // The slots' length is no property of the arithmetic.
-        hash.update(
-            LlamaConfig {
-                max_position_embeddings: 1,
-                ..config.clone()
-            }
-            .to_json(),
-        );
-        let stored = self.checkpoint.main_type().unwrap_or(StoredType::F32);
-        // Widening is exact, so it leaves the fingerprint alone; narrowing rounds.
-        let rounding = match chosen(self.dtype, stored) {
-            StoredType::F32 => "as-stored",
-            chosen if chosen == stored => "as-stored",
-            narrower => narrower.name(),
-        };
-        hash.update(rounding);
-        let arithmetic = if self.exact {
-            EXACT_NUMERICS.to_owned()
-        } else {
-            format!(
-                "libtorch-2.11/{}/{}/{}/{}",
-                self.stored().name(),
-                device_name(self.device),
-                self.threads,
-                std::env::consts::ARCH
-            )
-        };
-        hash.update(&arithmetic);
-        let digest = hash.finalize();
-        let hex: String = digest[..16]
-            .iter()
-            .map(|byte| format!("{byte:02x}"))
-            .collect();
-        format!("{}-{hex}", arithmetic.split('/').next().unwrap_or_default())
-    }
+fn main_type(dtype: DtypeChoice, checkpoint: &Checkpoint) -> StoredType {
+    chosen(dtype, checkpoint.main_type().unwrap_or(StoredType::F32))
 }
 
 fn chosen(dtype: DtypeChoice, stored: StoredType) -> StoredType {

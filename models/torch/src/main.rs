@@ -1,8 +1,8 @@
 //! The `understudy-engine` binary: one model on one device.
 //!
-//! Exit codes: 0 done; 1 another failure; 2 wrong command line; 10 the model cannot be loaded; 11 a step failed; 12 a frame to or from the
-//! node is broken; 13 a bug on the model thread. 127, or a message of the dynamic loader: LibTorch is not where it was at build time; run
-//! `scripts/setup.sh`.
+//! Exit codes: 0 done; 1 another failure; 2 wrong command line; 10 the model cannot be loaded, or LibTorch is of another release; 11 a step
+//! failed; 12 a frame to or from the node is broken; 13 a bug on the model thread. 127, or a message of the dynamic loader: LibTorch is not
+//! where it was at build time; run `scripts/setup.sh`.
 
 mod cli;
 
@@ -20,7 +20,8 @@ struct Cli {
     command: Command,
 }
 
-const EXIT_CODES: &str = "Exit codes: 0 done, 1 other failure, 2 wrong command line, 10 model cannot be loaded, 11 step failed, \
+const EXIT_CODES: &str = "Exit codes: 0 done, 1 other failure, 2 wrong command line, 10 model or LibTorch cannot be \
+                          loaded, 11 step failed, \
                           12 broken frame, 13 bug on the model thread.";
 
 #[derive(Subcommand)]
@@ -41,24 +42,34 @@ enum Command {
 
 fn main() -> ExitCode {
     let command = Cli::parse().command;
-    if !matches!(command, Command::Serve(_)) {
+    let serves = matches!(command, Command::Serve(_));
+    if !serves {
         // `understudy-engine inspect … | head` ends quietly, like any other filter.
         // SAFETY: no other thread runs yet.
         unsafe { libc::signal(libc::SIGPIPE, libc::SIG_DFL) };
     }
-    let result = match command {
-        Command::Serve(args) => return cli::serve::serve(args),
-        Command::Run(args) => cli::run::run(&args),
-        Command::Inspect(args) => cli::inspect::inspect(&args),
-        Command::Bench(args) => cli::bench::bench(&args),
-        Command::DemoTrain(args) => demo::train(&args).map_err(cli::Failure::other),
-        Command::DemoEval(args) => demo::eval(&args).map_err(cli::Failure::other),
+    // An engine says itself to its node what is wrong with LibTorch.
+    let fits = if serves {
+        Ok(())
+    } else {
+        cli::check_libtorch()
     };
-    match result {
+    match fits.and_then(|()| run(command)) {
         Ok(()) => ExitStatus::Done.into(),
         Err(failure) => {
             eprintln!("understudy-engine: {:#}", failure.error);
             ExitCode::from(failure.code)
         }
+    }
+}
+
+fn run(command: Command) -> Result<(), cli::Failure> {
+    match command {
+        Command::Serve(args) => cli::serve::serve(args),
+        Command::Run(args) => cli::run::run(&args),
+        Command::Inspect(args) => cli::inspect::inspect(&args),
+        Command::Bench(args) => cli::bench::bench(&args),
+        Command::DemoTrain(args) => demo::train(&args).map_err(cli::Failure::other),
+        Command::DemoEval(args) => demo::eval(&args).map_err(cli::Failure::other),
     }
 }

@@ -193,7 +193,10 @@ fn tensors_that_do_not_fit_are_named() {
     refused(&scratch, &options(), &[name, "quantized", "GPTQ"]);
 
     let scratch = Scratch::of_golden(SINGLE);
-    edit_header(&scratch, |header| header[name]["dtype"] = json!("F8_E4M3"));
+    edit_header(&scratch, |header| {
+        header[name]["dtype"] = json!("F8_E4M3");
+        header[name]["shape"] = json!([300, 42]);
+    });
     refused(
         &scratch,
         &options(),
@@ -204,6 +207,156 @@ fn tensors_that_do_not_fit_are_named() {
     let scratch = Scratch::of_golden(SINGLE);
     edit_header(&scratch, |header| header[name]["dtype"] = json!("I32"));
     refused(&scratch, &options(), &[name, "I32"]);
+}
+
+/// Adds an f32 tensor of this shape to a checkpoint's single file.
+fn add_tensor(scratch: &Scratch, name: &str, shape: &[u64]) {
+    let path = scratch.path(WEIGHTS);
+    let (mut header, mut data) = parts(&std::fs::read(&path).unwrap());
+    let start = data.len() as u64;
+    let end = start + 4 * shape.iter().product::<u64>();
+    data.resize(end as usize, 0);
+    header[name] = json!({"dtype": "F32", "shape": shape, "data_offsets": [start, end]});
+    std::fs::write(path, file(&header, &data)).unwrap();
+}
+
+/// A tensor that is left out would make another model than the one that was trained, and nothing but its nonsense would tell.
+#[test]
+fn tensors_that_nobody_asks_for_are_refused_with_the_key_that_would() {
+    let cases: [(&str, &[u64], &str); 7] = [
+        (
+            "model.layers.0.self_attn.q_proj.bias",
+            &[60],
+            "attention_bias",
+        ),
+        ("model.layers.1.mlp.up_proj.bias", &[75], "mlp_bias"),
+        (
+            "model.layers.0.self_attn.q_norm.weight",
+            &[10],
+            "architectures",
+        ),
+        (
+            "model.layers.1.self_attn.k_norm.weight",
+            &[10],
+            "architectures",
+        ),
+        (
+            "model.layers.0.mlp.gate_proj.weight_scale",
+            &[1],
+            "quantization_config",
+        ),
+        (
+            "model.layers.2.mlp.up_proj.weight",
+            &[75, 42],
+            "num_hidden_layers is 2",
+        ),
+        ("score.weight", &[2, 42], "architectures"),
+    ];
+    for (name, shape, part) in cases {
+        let scratch = Scratch::of_golden(SINGLE);
+        add_tensor(&scratch, name, shape);
+        refused(&scratch, &options(), &[name, part]);
+    }
+    let scratch = Scratch::of_golden(SINGLE);
+    scratch.edit_config(|config| config["num_hidden_layers"] = json!(1));
+    refused(
+        &scratch,
+        &options(),
+        &["model.layers.1.", "num_hidden_layers is 1"],
+    );
+    let scratch = Scratch::of_golden("f16_biases_sharded");
+    scratch.edit_config(|config| config["mlp_bias"] = json!(false));
+    refused(&scratch, &options(), &["_proj.bias", "mlp_bias"]);
+}
+
+#[test]
+fn tensors_that_follow_from_the_others_are_left_out() {
+    let scratch = Scratch::of_golden(SINGLE);
+    add_tensor(
+        &scratch,
+        "model.layers.0.self_attn.rotary_emb.inv_freq",
+        &[5],
+    );
+    add_tensor(&scratch, "model.rotary_emb.inv_freq", &[5]);
+    add_tensor(&scratch, "lm_head.weight", &[131, 42]);
+    load(&scratch.0, &options(), &mut |_| {}).unwrap();
+}
+
+/// A tensor that no model computes with is still described to people.
+#[test]
+fn hostile_shapes_are_errors_whatever_the_type() {
+    for (dtype, shape, bytes) in [
+        ("I32", vec![u64::MAX, u64::MAX], 8),
+        ("I64", vec![3], 8),
+        ("F4", vec![3], 8),
+        ("NEW", vec![1 << 40, 1 << 40], 8),
+        ("F32", vec![1 << 62, 2], 0),
+    ] {
+        let scratch = Scratch::of_golden(SINGLE);
+        let header = json!({"x": {"dtype": dtype, "shape": shape, "data_offsets": [0, bytes]}});
+        std::fs::write(scratch.path(WEIGHTS), file(&header, &[0; 8])).unwrap();
+        refused(&scratch, &options(), &["\"x\"", "takes"]);
+        let output = std::process::Command::new(env!("CARGO_BIN_EXE_understudy-engine"))
+            .arg("inspect")
+            .arg(&scratch.0)
+            .output()
+            .unwrap();
+        assert_eq!(output.status.code(), Some(10), "{dtype} {shape:?}");
+    }
+    // Each count is a number, their sum is not.
+    let scratch = Scratch::of_golden(SINGLE);
+    let entry = json!({"dtype": "NEW", "shape": [u64::MAX], "data_offsets": [0, 8]});
+    let header = json!({"x": entry, "y": entry});
+    std::fs::write(scratch.path(WEIGHTS), file(&header, &[0; 8])).unwrap();
+    let output = std::process::Command::new(env!("CARGO_BIN_EXE_understudy-engine"))
+        .arg("inspect")
+        .arg(&scratch.0)
+        .output()
+        .unwrap();
+    let text = String::from_utf8(output.stdout).unwrap();
+    assert!(
+        output.status.success() && text.contains("36893488147419103230"),
+        "{text}"
+    );
+}
+
+#[test]
+fn hostile_configurations_are_errors_before_anything_is_allocated() {
+    let scratch = Scratch::of_golden(SINGLE);
+    scratch.edit_config(|config| {
+        for key in [
+            "num_key_value_heads",
+            "num_attention_heads",
+            "num_hidden_layers",
+        ] {
+            config[key] = json!(i32::MAX);
+        }
+        config["head_dim"] = json!(i32::MAX - 1);
+        config["max_position_embeddings"] = json!(i32::MAX);
+    });
+    refused(&scratch, &options(), &["KV cache", "17592186044415 MiB"]);
+    let output = std::process::Command::new(env!("CARGO_BIN_EXE_understudy-engine"))
+        .arg("inspect")
+        .arg(&scratch.0)
+        .output()
+        .unwrap();
+    assert!(
+        output.status.success(),
+        "{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+}
+
+#[test]
+fn a_tokenizer_with_ids_beyond_the_model_is_refused() {
+    let demo = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../demo/tokenizer.json");
+    let scratch = Scratch::of_golden(SINGLE);
+    std::fs::copy(demo, scratch.path("tokenizer.json")).unwrap();
+    refused(
+        &scratch,
+        &options(),
+        &["tokenizer.json has ids up to 1606", "vocab_size", "131"],
+    );
 }
 
 #[test]
@@ -231,6 +384,29 @@ fn broken_shards_are_named() {
         &options(),
         &["model.extra.weight", "is not in", &shard],
     );
+    // The same tensor in two shards: which one counts?
+    let other = index["weight_map"]
+        .as_object()
+        .unwrap()
+        .iter()
+        .find(|(_, name)| **name != json!(shard))
+        .map(|(_, name)| name.as_str().unwrap().to_owned())
+        .unwrap();
+    let whole = std::fs::read(scratch.path(&other)).unwrap();
+    let (mut header, mut data) = parts(&whole);
+    let start = data.len();
+    data.resize(start + 4 * 52, 0);
+    header["model.norm.weight"] =
+        json!({"dtype": "F32", "shape": [52], "data_offsets": [start, start + 4 * 52]});
+    write(&index);
+    std::fs::write(scratch.path(&other), file(&header, &data)).unwrap();
+    refused(
+        &scratch,
+        &options(),
+        &["model.norm.weight", "another shard"],
+    );
+    std::fs::write(scratch.path(&other), whole).unwrap();
+
     write(&json!({"weight_map": [1]}));
     refused(&scratch, &options(), &["index.json", "not a shard index"]);
     write(&index);
@@ -240,7 +416,17 @@ fn broken_shards_are_named() {
 
 #[test]
 fn configurations_that_cannot_be_computed_are_refused() {
-    let cases: [(&str, Value, &[&str]); 8] = [
+    let cases: [(&str, Value, &[&str]); 10] = [
+        (
+            "architectures",
+            json!(["LlamaModel"]),
+            &["architectures", "LlamaModel", "LlamaForCausalLM"],
+        ),
+        (
+            "rope_parameters",
+            json!({"rope_theta": 1e4, "factor": 2.0}),
+            &["config.json", "rope_type"],
+        ),
         (
             "model_type",
             json!("mistral"),

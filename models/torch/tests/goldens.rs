@@ -7,7 +7,7 @@ use understudy_engine_core::runner::ModelRunner;
 use understudy_torch::load::{DtypeChoice, LoadOptions};
 use understudy_torch::runner::{LlamaRunner, Numerics};
 
-/// Largest difference of a prompt logit, relative to the largest logit where that is above 1.
+/// Largest difference of a prompt logit, in absolute terms; the logits of these models reach about ten.
 const TOLERANCE: f32 = 1e-4;
 
 fn check_prefill(name: &str, runner: &mut LlamaRunner) {

@@ -6,7 +6,7 @@ mod common;
 use common::{bits, golden, open};
 use fastrand::Rng;
 use understudy_engine_core::runner::{Chunk, ModelRunner, Slot};
-use understudy_torch::load::{LoadOptions, load};
+use understudy_torch::load::{DtypeChoice, LoadOptions, load};
 use understudy_torch::runner::{LlamaRunner, Numerics};
 
 const SLOTS: usize = 7;
@@ -145,10 +145,10 @@ fn the_stock_operators_fail_this_test() {
 #[test]
 fn the_demo_model_keeps_its_bits_too() {
     let demo = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../demo");
-    if !demo.join("model.safetensors").exists() {
-        println!("SKIPPED: models/demo has no weights");
-        return;
-    }
+    assert!(
+        demo.join("model.safetensors").exists(),
+        "the weights are in the repository"
+    );
     let open = |threads| load(&demo, &options(Numerics::Exact, threads), &mut |_| {}).unwrap();
     let sequences = sequences(open(1).info().vocab_size);
     let expected: Vec<Vec<u32>> = plain(&mut open(1), &sequences)
@@ -188,6 +188,55 @@ fn equal_models_have_equal_fingerprints_and_other_weights_another() {
         "threads and context length are no part of the arithmetic"
     );
     assert_ne!(one, print("f32_linear_rope", 1, 96));
+}
+
+/// Two widths in one checkpoint: narrowing rounds each matrix by itself, whatever most of them are.
+#[test]
+fn rounding_any_matrix_is_another_model() {
+    let scratch = common::Scratch::of_golden("bf16_mha_tied");
+    widen(
+        &scratch.path("model.safetensors"),
+        "model.layers.0.mlp.up_proj.weight",
+    );
+    let print = |dtype| {
+        let options = LoadOptions {
+            dtype,
+            ..options(Numerics::Exact, 1)
+        };
+        let runner = load(&scratch.0, &options, &mut |_| {}).unwrap();
+        runner.info().fingerprint.clone()
+    };
+    let stored = print(DtypeChoice::Auto);
+    assert_eq!(stored, print(DtypeChoice::F32), "widening changes nothing");
+    let narrowed = print(DtypeChoice::Bf16);
+    assert_ne!(stored, narrowed, "the wide matrix is rounded");
+    assert_ne!(narrowed, print(DtypeChoice::F16));
+}
+
+/// Stores one bf16 tensor of a file as f32, with bits that bf16 cannot hold.
+fn widen(path: &std::path::Path, name: &str) {
+    let bytes = std::fs::read(path).unwrap();
+    let length = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+    let mut header: serde_json::Value = serde_json::from_slice(&bytes[8..8 + length]).unwrap();
+    let mut data = bytes[8 + length..].to_vec();
+    let offsets = &header[name]["data_offsets"];
+    let at = |index: usize| offsets[index].as_u64().unwrap() as usize;
+    let wide: Vec<u8> = data[at(0)..at(1)]
+        .chunks_exact(2)
+        .flat_map(|half| [1, 0, half[0], half[1]])
+        .collect();
+    let start = data.len();
+    data.extend(&wide);
+    header[name]["dtype"] = "F32".into();
+    header[name]["data_offsets"] = serde_json::json!([start, data.len()]);
+    let header = header.to_string();
+    let file = [
+        &(header.len() as u64).to_le_bytes()[..],
+        header.as_bytes(),
+        &data,
+    ]
+    .concat();
+    std::fs::write(path, file).unwrap();
 }
 
 #[test]

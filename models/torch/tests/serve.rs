@@ -12,8 +12,8 @@ use std::time::{Duration, Instant};
 use common::{expected, golden};
 use understudy_engine_core::codec::{FrameReader, write_frame};
 use understudy_engine_core::frame::{
-    AttemptId, EngineCommand, EngineEvent, EngineInfo, FinishReason, OutputToken, SamplingParams,
-    StartAttempt, StepToken,
+    AttemptError, AttemptId, EngineCommand, EngineEvent, EngineHealth, EngineInfo, FinishReason,
+    OutputToken, SamplingParams, StartAttempt, StepToken,
 };
 
 /// Longer than any step here takes, on a machine that does much else besides.
@@ -27,6 +27,10 @@ struct Engine {
 
 impl Engine {
     fn start(model: &Path, extra: &[&str]) -> Self {
+        Self::start_with_threads(model, extra, "1")
+    }
+
+    fn start_with_threads(model: &Path, extra: &[&str], threads: &str) -> Self {
         let (ours, theirs) = UnixStream::pair().unwrap();
         ours.set_read_timeout(Some(DEADLINE)).unwrap();
         let fd = theirs.as_raw_fd();
@@ -35,7 +39,8 @@ impl Engine {
             .arg("serve")
             .arg("--model")
             .arg(model)
-            .args(["--fd", &fd.to_string(), "--device", "cpu", "--threads", "1"])
+            .args(["--fd", &fd.to_string(), "--device", "cpu"])
+            .args(["--threads", threads])
             .args(extra);
         // The binary must find LibTorch by itself.
         command.env_remove("LD_LIBRARY_PATH").stdin(Stdio::null());
@@ -73,6 +78,18 @@ impl Engine {
         match self.next() {
             Some(EngineEvent::Ready(info)) => info,
             other => panic!("{other:?}"),
+        }
+    }
+
+    /// The next heartbeat that follows all that has been sent so far.
+    fn health(&mut self) -> EngineHealth {
+        self.send(&EngineCommand::Ping { nonce: 77 });
+        loop {
+            match self.events.read::<EngineEvent>().unwrap() {
+                Some(EngineEvent::Heartbeat(health)) if health.nonce == 77 => return health,
+                Some(EngineEvent::Heartbeat(_)) => {}
+                other => panic!("{other:?}"),
+            }
         }
     }
 
@@ -215,6 +232,100 @@ fn a_model_that_cannot_be_loaded_is_fatal_with_a_reason_and_exit_code_10() {
         other => panic!("{other:?}"),
     }
     assert_eq!(engine.exit().code(), Some(10));
+}
+
+/// With stock operators a replay computes other bits than the first run; close ones must do, or nothing survives an engine's death.
+#[test]
+fn stock_operators_resume_from_a_log_within_their_tolerance() {
+    let cases = [
+        ("f32_gqa_tied", "f32"),
+        ("bf16_mha_tied", "bf16"),
+        ("f16_biases_sharded", "f16"),
+    ];
+    let mut close = 0;
+    for (model, dtype) in cases {
+        let fast = [
+            "--numerics",
+            "fast",
+            "--dtype",
+            dtype,
+            "--max-sequences",
+            "2",
+        ];
+        let (expected, _) = expected(model);
+        let length = expected.greedy.len() as u32;
+        let mut engine = Engine::start(&golden(model), &fast);
+        let fingerprint = engine.ready().fingerprint;
+        let whole = start(1, &expected.prompt, &[], length);
+        engine.send(&EngineCommand::Start(whole.clone()));
+        let tokens = engine.tokens(whole.attempt);
+        drop(engine);
+
+        // Another number of threads is the same class of engine.
+        let mut second = Engine::start_with_threads(&golden(model), &fast, "2");
+        assert_eq!(second.ready().fingerprint, fingerprint, "{dtype}");
+        for cut in [1, 17, 40] {
+            let committed: Vec<OutputToken> = tokens[..cut]
+                .iter()
+                .map(|token| token.token.clone())
+                .collect();
+            let mut resumed = start(cut as u128, &expected.prompt, &committed, length);
+            second.send(&EngineCommand::Start(resumed.clone()));
+            let rest = second.tokens(resumed.attempt);
+            assert_eq!(rest.len(), tokens.len() - cut, "{dtype} from {cut}");
+            let moved = rest.iter().zip(&tokens[cut..]);
+            let moved = moved
+                .take_while(|(again, before)| again.token.id == before.token.id)
+                .map(|(again, before)| (again.token.logprob - before.token.logprob).abs());
+            println!(
+                "{dtype} from {cut}: a logprob moves by {} at most",
+                moved.fold(0.0, f32::max)
+            );
+            // A log of another model is still refused.
+            resumed.attempt.request += 1000;
+            resumed.expect_logprobs[cut - 1] -= 3.0;
+            second.send(&EngineCommand::Start(resumed.clone()));
+            match second.next() {
+                Some(EngineEvent::AttemptFailed {
+                    attempt,
+                    error: AttemptError::ReplayMismatch { position, .. },
+                }) => assert_eq!((attempt, position), (resumed.attempt, cut as u32 - 1)),
+                other => panic!("{dtype} from {cut}: {other:?}"),
+            }
+        }
+        close += second.health().close_logprobs;
+    }
+    assert!(close > 0, "no logprob moved: does this test anything?");
+}
+
+/// A step that is long shows that it gets on before it is over.
+#[test]
+fn a_step_moves_the_watermark_by_more_than_one() {
+    let (expected, _) = expected("f32_gqa_tied");
+    let mut engine = Engine::start(&golden("f32_gqa_tied"), &[]);
+    engine.ready();
+    let one = start(1, &expected.prompt, &[], 1);
+    engine.send(&EngineCommand::Start(one.clone()));
+    engine.tokens(one.attempt);
+    let layers = 2;
+    let health = engine.health();
+    assert!(health.steps > layers, "{health:?}");
+}
+
+/// A node that hears of a fault closes the socket at once; the exit code is the fault's all the same.
+#[test]
+fn the_exit_code_of_a_fault_survives_a_quick_node() {
+    let scratch = common::Scratch::of_golden("f32_gqa_tied");
+    std::fs::write(scratch.path("model.safetensors"), b"short").unwrap();
+    for round in 0..12 {
+        let mut engine = Engine::start(&scratch.0, &[]);
+        match engine.next() {
+            Some(EngineEvent::Fatal { .. }) => {}
+            other => panic!("{other:?}"),
+        }
+        engine.socket.shutdown(std::net::Shutdown::Both).unwrap();
+        assert_eq!(engine.exit().code(), Some(10), "round {round}");
+    }
 }
 
 #[test]

@@ -1,7 +1,7 @@
 //! An engine process with a [`FakeRunner`] in place of LibTorch: same command line, same frames, same exit codes.
 //!
 //! Options of its own, each also as an environment variable (`--vocab-size` is `UNDERSTUDY_FAKE_VOCAB_SIZE`; the command
-//! line wins): `--vocab-size N`, `--eos-token-id N`, `--salt N`, `--step-delay-us N`, and those of
+//! line wins): `--vocab-size N`, `--eos-token-id N`, `--salt N`, `--step-delay-us N`, `--step-ticks N`, and those of
 //! [`Faults`](understudy_engine_core::fake::Faults). With a tokenizer.json in the model directory the vocabulary is its.
 
 use std::{
@@ -19,7 +19,13 @@ use understudy_engine_core::{
 };
 
 /// Options besides those of [`Faults`].
-const OWN_OPTIONS: [&str; 4] = ["vocab-size", "eos-token-id", "salt", "step-delay-us"];
+const OWN_OPTIONS: [&str; 5] = [
+    "vocab-size",
+    "eos-token-id",
+    "salt",
+    "step-delay-us",
+    "step-ticks",
+];
 
 /// What the command line and the environment say of the fake itself.
 #[derive(Default)]
@@ -29,6 +35,7 @@ struct FakeArgs {
     eos_token_ids: Option<Vec<u32>>,
     salt: u64,
     step_delay: Duration,
+    step_ticks: u32,
 }
 
 impl FakeArgs {
@@ -55,6 +62,7 @@ impl FakeArgs {
             "eos-token-id" => self.eos_token_ids = Some(vec![number()? as u32]),
             "salt" => self.salt = number()?,
             "step-delay-us" => self.step_delay = Duration::from_micros(number()?),
+            "step-ticks" => self.step_ticks = number()? as u32,
             _ => {
                 return self
                     .faults
@@ -153,5 +161,6 @@ fn shape(args: &EngineArgs, fake: &FakeArgs) -> FakeOptions {
             .unwrap_or_default(),
         salt: fake.salt,
         step_delay: fake.step_delay,
+        step_ticks: fake.step_ticks,
     }
 }

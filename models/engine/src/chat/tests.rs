@@ -191,3 +191,12 @@ fn namespaces_loop_controls_and_neighbours_work() {
     ];
     assert_eq!(render(source, &turns).unwrap(), "!2");
 }
+
+/// transformers passes None for both; templates tell that apart from an empty list and from nothing at all.
+#[test]
+fn tools_and_documents_are_none() {
+    let source = "{{ tools is none }} {{ documents is none }} {% if tools is not none %}tools!{% endif %}\
+                  {% if tools is defined and documents %}documents!{% endif %}";
+    let text = render(source, &[message("user", "Hi")]).unwrap();
+    assert_eq!(text.to_lowercase(), "true true ");
+}

@@ -5,7 +5,10 @@ use std::{
     os::unix::net::UnixStream,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::Relaxed},
+        atomic::{
+            AtomicBool, AtomicU32, AtomicU64,
+            Ordering::{Relaxed, SeqCst},
+        },
     },
     thread,
     time::Duration,
@@ -15,11 +18,15 @@ use super::{inbox::Inbox, status::ExitStatus};
 use crate::{
     codec::{self, CodecError, FrameReader},
     frame::{EngineCommand, EngineEvent, EngineHealth, EngineInfo, HEARTBEAT_INTERVAL_MS},
+    runner::Ticks,
     scheduler::Scheduler,
 };
 
 /// Heartbeat intervals between two reports of a load in progress.
 const LOADING_EVERY: u32 = 3;
+
+/// How long a node may take to read the last event.
+const LAST_WORD_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// How far the process is, as far as the node may know. Guarded by the writer's lock, so that events keep their order.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -42,6 +49,8 @@ struct Writer {
 struct Counters {
     progress: AtomicU32,
     steps: AtomicU64,
+    /// Moved by the runner within a step.
+    ticks: Ticks,
     busy: AtomicBool,
     running: AtomicU32,
     waiting: AtomicU32,
@@ -49,6 +58,7 @@ struct Counters {
     prompt_tokens: AtomicU64,
     generated_tokens: AtomicU64,
     replayed_tokens: AtomicU64,
+    close_logprobs: AtomicU64,
 }
 
 /// The way to the node, shared by all threads. A node that does not read makes all of them wait, which is the
@@ -56,6 +66,8 @@ struct Counters {
 pub struct Link {
     writer: Mutex<Writer>,
     counters: Counters,
+    /// Set by the first thread that reports a fault: its exit code counts, and it ends the process.
+    faulted: AtomicBool,
 }
 
 impl Link {
@@ -68,6 +80,7 @@ impl Link {
         Self {
             writer: Mutex::new(writer),
             counters: Counters::default(),
+            faulted: AtomicBool::new(false),
         }
     }
 
@@ -85,12 +98,20 @@ impl Link {
         writer.send(&EngineEvent::Ready(info))
     }
 
-    /// The last event. Errors are of no use any more.
-    pub fn fatal(&self, message: String) {
+    /// The last event. Errors are of no use any more. Returns whether the process is the caller's to end; if not, another
+    /// thread has said what its end is, and is about to bring it.
+    #[must_use]
+    pub fn fatal(&self, message: String) -> bool {
+        // Before the node hears of it: it may close the socket at once, and the reader must know why.
+        if self.faulted.swap(true, SeqCst) {
+            return false;
+        }
         let mut writer = self.lock();
         // The node may be the reason why we fail; it learns the rest from the exit code.
+        let _ = writer.socket.set_write_timeout(Some(LAST_WORD_TIMEOUT));
         let _ = writer.send(&EngineEvent::Fatal { message });
         writer.phase = Phase::Over;
+        true
     }
 
     pub fn send(&self, event: &EngineEvent) -> Result<(), CodecError> {
@@ -118,13 +139,22 @@ impl Link {
         counters
             .replayed_tokens
             .store(totals.replayed_tokens, Relaxed);
+        counters
+            .close_logprobs
+            .store(totals.close_logprobs, Relaxed);
+    }
+
+    /// What the runner shall move while it computes.
+    pub fn ticks(&self) -> Ticks {
+        self.counters.ticks.clone()
     }
 
     /// To be called with the writer locked: then a report that follows a step on the wire counts that step.
     fn health(&self, rss_bytes: u64) -> EngineHealth {
         let counters = &self.counters;
         EngineHealth {
-            steps: counters.steps.load(Relaxed),
+            // Both only grow, so the sum does.
+            steps: counters.steps.load(Relaxed) + counters.ticks.count(),
             busy: counters.busy.load(Relaxed),
             running: counters.running.load(Relaxed),
             waiting: counters.waiting.load(Relaxed),
@@ -132,6 +162,7 @@ impl Link {
             prompt_tokens: counters.prompt_tokens.load(Relaxed),
             generated_tokens: counters.generated_tokens.load(Relaxed),
             replayed_tokens: counters.replayed_tokens.load(Relaxed),
+            close_logprobs: counters.close_logprobs.load(Relaxed),
             rss_bytes,
         }
     }
@@ -169,19 +200,30 @@ pub fn spawn_reader(socket: UnixStream, link: Arc<Link>, inbox: Arc<Inbox>) -> s
     thread::Builder::new()
         .name("reader".to_owned())
         .spawn(move || {
-            let status = match read_commands(socket, &link, &inbox) {
+            let (status, ours) = match read_commands(socket, &link, &inbox) {
                 // A reset is how a killed node's socket may look; it is an end like any other.
-                Ok(()) | Err(CodecError::Io(_) | CodecError::Truncated { .. }) => ExitStatus::Done,
+                Ok(()) | Err(CodecError::Io(_) | CodecError::Truncated { .. }) => {
+                    (ExitStatus::Done, !link.faulted.load(SeqCst))
+                }
                 Err(error) => {
-                    link.fatal(format!(
-                        "the node sent something that is no command: {error}"
-                    ));
-                    ExitStatus::BadFrame
+                    let message = format!("the node sent something that is no command: {error}");
+                    (ExitStatus::BadFrame, link.fatal(message))
                 }
             };
-            status.exit_now()
+            if ours {
+                status.exit_now();
+            }
+            // A node that has read `Fatal` closes the socket. The exit code must be the fault's all the same: whoever reported it
+            // is on its way out of the process.
+            park_for_ever()
         })?;
     Ok(())
+}
+
+pub fn park_for_ever() -> ! {
+    loop {
+        thread::park();
+    }
 }
 
 /// Returns when the socket closes, or the node asks for the end.

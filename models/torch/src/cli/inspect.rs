@@ -26,9 +26,10 @@ pub fn inspect(args: &InspectArgs) -> Result<(), Failure> {
     let failed = |error: anyhow::Error| Failure::of(ExitStatus::LoadFailed, error);
     let checkpoint = Checkpoint::open(&args.model).map_err(|error| failed(error.into()))?;
     let config = read_config(&args.model).map_err(|error| failed(error.into()))?;
-    let parameters: u64 = checkpoint
+    // Each tensor's count fits a u64 (checked with the header), all of them together need not.
+    let parameters: u128 = checkpoint
         .entries()
-        .map(|(_, _, shape, _)| shape.iter().product::<u64>())
+        .map(|(_, _, shape, _)| u128::from(shape.iter().product::<u64>()))
         .sum();
     let bytes: usize = checkpoint.entries().map(|(_, _, _, bytes)| bytes).sum();
     let hash: String = checkpoint
@@ -47,7 +48,7 @@ pub fn inspect(args: &InspectArgs) -> Result<(), Failure> {
             .collect();
         let object = json!({
             "config": config_json,
-            "parameters": parameters,
+            "parameters": u64::try_from(parameters).unwrap_or(u64::MAX),
             "weight_bytes": bytes,
             "weight_hash": hash,
             "kv_bytes_per_position": kv_bytes,

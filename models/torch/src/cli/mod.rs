@@ -74,6 +74,12 @@ impl ModelArgs {
     }
 }
 
+/// Before anything is computed: that LibTorch is the one that the engine was built for.
+pub fn check_libtorch() -> Result<(), Failure> {
+    understudy_torch::libtorch::check_loaded()
+        .map_err(|error| Failure::of(ExitStatus::LoadFailed, error))
+}
+
 /// Parses `exact` or `fast`.
 pub fn numerics(text: &str) -> Result<Numerics, String> {
     match text {

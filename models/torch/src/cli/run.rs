@@ -1,9 +1,11 @@
 //! `run`: one prompt through one checkpoint, without a cluster, by the same scheduler and sampler that serve.
 
 use std::io::{IsTerminal, Read, Write};
+use std::sync::Arc;
 
-use anyhow::{Context, anyhow};
+use anyhow::Context;
 use serde_json::{Value, json};
+use understudy_engine_core::detokenizer::Detokenizer;
 use understudy_engine_core::frame::{AttemptId, SamplingParams, StartAttempt, StepToken};
 use understudy_engine_core::runner::{Chunk, ModelInfo, ModelRunner, Slot, StepError};
 use understudy_engine_core::scheduler::{Scheduler, SchedulerOptions};
@@ -84,10 +86,14 @@ pub fn run(args: &RunArgs) -> Result<(), Failure> {
         expect_logprobs: Vec::new(),
         sampling: args.sampling(),
     };
+    let start_ids = start.prompt.clone();
     scheduler
         .start(start)
         .map_err(|error| Failure::of(ExitStatus::Usage, error))?;
-    let mut printer = Printer::new(args, tokenizer);
+    let mut printer = Printer {
+        args,
+        text: tokenizer.map(|tokenizer| Detokenizer::new(Arc::new(tokenizer), &start_ids)),
+    };
     while scheduler.has_work() {
         let outcome = scheduler
             .step(&mut runner)
@@ -178,45 +184,27 @@ impl<R: ModelRunner> ModelRunner for Tap<R> {
     }
 }
 
-struct Printer<'a> {
-    args: &'a RunArgs,
-    tokenizer: Option<TextTokenizer>,
-    ids: Vec<u32>,
-    /// How much of the text of `ids` is printed, in bytes.
-    printed_bytes: usize,
+/// What a token adds to the text. The last one adds what was held back for the rest of a character, too: none will come.
+fn new_text(text: &mut Detokenizer, token: &StepToken) -> String {
+    let mut new = text.push(token.token.id);
+    if token.finish.is_some() {
+        new.push_str(&text.finish());
+    }
+    new
 }
 
-impl<'a> Printer<'a> {
-    fn new(args: &'a RunArgs, tokenizer: Option<TextTokenizer>) -> Self {
-        Self {
-            args,
-            tokenizer,
-            ids: Vec::new(),
-            printed_bytes: 0,
-        }
-    }
+struct Printer<'a> {
+    args: &'a RunArgs,
+    /// `None` where there is no tokenizer: ids are printed.
+    text: Option<Detokenizer>,
+}
 
+impl Printer<'_> {
     fn print(&mut self, token: &StepToken, logits: &[f32]) -> anyhow::Result<()> {
-        self.ids.push(token.token.id);
-        let text = self.new_text()?;
+        let text = self.text.as_mut().map(|text| new_text(text, token));
         let mut out = std::io::stdout().lock();
         if self.args.json {
-            let mut line = json!({
-                "position": token.position,
-                "id": token.token.id,
-                "logprob": token.token.logprob,
-                "top": token.token.top,
-            });
-            if let Some(text) = text {
-                line["text"] = Value::String(text);
-            }
-            if self.args.logits {
-                line["logits"] = json!(logits);
-            }
-            if let Some(finish) = token.finish {
-                line["finish_reason"] = serde_json::to_value(finish)?;
-            }
-            writeln!(out, "{line}")?;
+            writeln!(out, "{}", self.line(token, text, logits)?)?;
         } else if let Some(text) = text {
             write!(out, "{text}")?;
             out.flush()?;
@@ -226,21 +214,28 @@ impl<'a> Printer<'a> {
         Ok(())
     }
 
-    /// What the newest token adds to the text; nothing while a character is incomplete.
-    fn new_text(&mut self) -> anyhow::Result<Option<String>> {
-        let Some(tokenizer) = &self.tokenizer else {
-            return Ok(None);
-        };
-        let text = tokenizer
-            .decode(&self.ids)
-            .map_err(|error| anyhow!(error))?;
-        let complete = text.trim_end_matches(char::REPLACEMENT_CHARACTER);
-        let new = complete
-            .get(self.printed_bytes..)
-            .unwrap_or_default()
-            .to_owned();
-        self.printed_bytes += new.len();
-        Ok(Some(new))
+    fn line(
+        &self,
+        token: &StepToken,
+        text: Option<String>,
+        logits: &[f32],
+    ) -> anyhow::Result<Value> {
+        let mut line = json!({
+            "position": token.position,
+            "id": token.token.id,
+            "logprob": token.token.logprob,
+            "top": token.token.top,
+        });
+        if let Some(text) = text {
+            line["text"] = Value::String(text);
+        }
+        if self.args.logits {
+            line["logits"] = json!(logits);
+        }
+        if let Some(finish) = token.finish {
+            line["finish_reason"] = serde_json::to_value(finish)?;
+        }
+        Ok(line)
     }
 
     fn end(&self) -> anyhow::Result<()> {
@@ -248,5 +243,38 @@ impl<'a> Printer<'a> {
             println!();
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use understudy_engine_core::frame::{FinishReason, OutputToken};
+
+    use super::*;
+
+    #[test]
+    fn a_character_that_is_never_completed_is_printed_at_the_end() {
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../demo/tokenizer.json");
+        let tokenizer = Arc::new(TextTokenizer::from_file(path.as_ref()).unwrap());
+        let token = |token: &str, finish| StepToken {
+            attempt: AttemptId {
+                request: 1,
+                epoch: 1,
+            },
+            position: 0,
+            token: OutputToken {
+                id: tokenizer.token_to_id(token).unwrap(),
+                logprob: 0.0,
+                top: Vec::new(),
+            },
+            finish,
+        };
+        let mut text = Detokenizer::new(Arc::clone(&tokenizer), &[]);
+        // The two bytes of an e with an acute accent, in the byte alphabet.
+        let (first, second) = ("\u{c3}", "\u{a9}");
+        assert_eq!(new_text(&mut text, &token(first, None)), "");
+        assert_eq!(new_text(&mut text, &token(second, None)), "\u{e9}");
+        let last = token(first, Some(FinishReason::Length));
+        assert_eq!(new_text(&mut text, &last), "\u{fffd}");
     }
 }

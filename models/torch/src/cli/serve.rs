@@ -1,7 +1,6 @@
 //! `serve`: an engine process for a node.
 
 use std::ffi::OsString;
-use std::process::ExitCode;
 
 use understudy_engine_core::args::EngineArgs;
 use understudy_engine_core::runner::ModelRunner;
@@ -18,15 +17,14 @@ pub struct ServeArgs {
     arguments: Vec<OsString>,
 }
 
-/// Serves until the node or a failure ends it.
-pub fn serve(args: ServeArgs) -> ExitCode {
-    match start(args) {
-        Ok(status) => status.into(),
-        Err(message) => {
-            eprintln!("understudy-engine serve: {message}");
-            ExitStatus::Usage.into()
-        }
-    }
+/// Serves until the node or a failure ends it. Leaves the process without a return through `main`: threads still hold the socket, and the
+/// destructors of a device library may hang after a fault.
+pub fn serve(args: ServeArgs) -> ! {
+    let status = start(args).unwrap_or_else(|message| {
+        eprintln!("understudy-engine serve: {message}");
+        ExitStatus::Usage
+    });
+    status.exit_now()
 }
 
 fn start(args: ServeArgs) -> Result<ExitStatus, String> {

@@ -88,6 +88,14 @@ impl<'a> Writer<'a> {
         .concat()
     }
 
+    /// What must follow the prompt: the answer's tokens and the end.
+    pub fn answer(&self, item: &Item, raw: bool) -> Vec<u32> {
+        let mut sample = Sample::default();
+        let pieces = if raw { &item.raw_answer } else { &item.answer };
+        sample.learned(pieces, &|text| self.encode(text));
+        sample.ids
+    }
+
     /// A plain completion.
     pub fn raw(&self, item: &Item) -> Sample {
         let mut sample = Sample::default();

@@ -6,8 +6,8 @@
 pub mod batch;
 pub mod dialogue;
 pub mod eval;
-pub mod generate;
 pub mod optimizer;
+pub mod plan;
 pub mod tasks;
 pub mod tokenizer;
 pub mod train;
@@ -39,4 +39,12 @@ pub fn model_config(vocab_size: i64) -> LlamaConfig {
         eos_token_ids: vec![tokenizer::END],
         weight_type: Some(WeightType::F32),
     }
+}
+
+/// LibTorch's generator is the process's: tests that draw from it take turns.
+#[cfg(test)]
+pub(crate) fn random_numbers() -> std::sync::MutexGuard<'static, ()> {
+    static TURN: std::sync::Mutex<()> = std::sync::Mutex::new(());
+    TURN.lock()
+        .unwrap_or_else(std::sync::PoisonError::into_inner)
 }

@@ -23,6 +23,11 @@ const BETA1: f64 = 0.9;
 const BETA2: f64 = 0.98;
 const EPSILON: f64 = 1e-10;
 
+/// The constants of both rules, for a run's description.
+pub fn constants() -> String {
+    format!("muon {MOMENTUM:?}, adamw {BETA1:?} {BETA2:?} {EPSILON:?}")
+}
+
 #[derive(Debug)]
 enum Moments {
     Muon { momentum: Tensor },
@@ -219,6 +224,7 @@ mod tests {
 
     #[test]
     fn orthogonalized_has_singular_values_near_one() {
+        let _turn = crate::demo::random_numbers();
         tch::manual_seed(1);
         for shape in [[8, 24], [24, 8]] {
             let x = orthogonalized(&Tensor::randn(shape, (Kind::Float, Device::Cpu)));

@@ -1,15 +1,15 @@
 //! Trains the demo model and writes it as a Hugging Face checkpoint directory.
 //!
-//! Invariant: step `n` of seed `s` always sees the same batch, so a run that was interrupted and resumed learns from
-//! the same data as one that was not. With `--minutes` the learning rate also follows the clock, and then two runs
-//! differ; without it they do not (same machine, same thread count).
+//! Invariant: step `n` of seed `s` always sees the same batch, and a resumed run is the same run (see [`Plan`]): it ends
+//! with the bits of one that was never interrupted. With `--minutes` the learning rate also follows the clock; then two
+//! runs differ, and none can be resumed. Without it they do not (same kind of machine, same thread count).
 
 use std::collections::HashMap;
 use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, bail};
+use anyhow::{Context, ensure};
 use fastrand::Rng;
 use indicatif::{ProgressBar, ProgressStyle};
 use tch::{Device, Kind, Reduction, Tensor};
@@ -18,6 +18,7 @@ use tokenizers::Tokenizer;
 use super::batch::{Batch, GroupedAttention};
 use super::dialogue::{Sample, Writer};
 use super::optimizer::{Optimizer, Rates};
+use super::plan::{self, Plan};
 use super::tasks::{Item, Task, draw, fact_items};
 use super::{model_config, tokenizer, weights};
 use crate::llama::Llama;
@@ -25,14 +26,14 @@ use crate::llama::Llama;
 /// Arguments of `demo-train`.
 #[derive(Debug, Clone, clap::Args)]
 pub struct TrainArgs {
-    /// Checkpoint directory to write (config.json, model.safetensors, tokenizer.json, …)
-    #[arg(long, default_value = "models/demo")]
+    /// Checkpoint directory to write (config.json, model.safetensors, tokenizer.json, …); files there are replaced
+    #[arg(long)]
     pub out: PathBuf,
     /// Where weights and optimizer moments are kept for --resume
     #[arg(long, default_value = "target/demo-train/state.safetensors")]
     pub state: PathBuf,
-    /// Go on from --state
-    #[arg(long)]
+    /// Go on from --state; every other option must be the interrupted run's
+    #[arg(long, conflicts_with = "minutes")]
     pub resume: bool,
     /// Optimizer steps
     #[arg(long, default_value_t = 2400)]
@@ -62,11 +63,12 @@ pub struct TrainArgs {
     pub adam_rate: f64,
 }
 
+const MODEL_FILE: &str = "model.safetensors";
 /// Steps over which the learning rate rises.
-const WARM_UP: u32 = 60;
+pub(super) const WARM_UP: u32 = 60;
 /// The part of the run after which the learning rate falls in a straight line.
-const FALL_FROM: f64 = 0.35;
-const FINAL_RATE: f64 = 0.01;
+pub(super) const FALL_FROM: f64 = 0.35;
+pub(super) const FINAL_RATE: f64 = 0.01;
 /// Items per task in the accuracy that is printed while training.
 const QUICK_ITEMS: usize = 120;
 
@@ -76,6 +78,7 @@ struct Run {
     model: Llama,
     optimizer: Optimizer,
     tokenizer: Tokenizer,
+    plan: Plan,
     step: u32,
     tokens: u64,
     /// Time spent by the interrupted runs before this one.
@@ -124,6 +127,10 @@ pub fn train(args: &TrainArgs) -> anyhow::Result<()> {
         run.elapsed().as_secs_f64() / 60.0,
         args.out.display()
     );
+    let model = args.out.join(MODEL_FILE);
+    let hash =
+        plan::file_hash(&model).with_context(|| format!("cannot read {}", model.display()))?;
+    println!("SHA-256 of {MODEL_FILE}: {hash}");
     Ok(())
 }
 
@@ -158,7 +165,11 @@ impl Run {
             weight_decay: 0.02,
             clip: 1.0,
         };
+        let batches: Vec<Batch> = (0..plan::SAMPLED_BATCHES)
+            .map(|step| draw_batch(&args, &tokenizer, step))
+            .collect();
         let mut run = Self {
+            plan: Plan::new(&args, rates, &text, &batches),
             optimizer: Optimizer::new(parameters, rates),
             args,
             model,
@@ -181,6 +192,10 @@ impl Run {
     }
 
     fn resume(&mut self) -> anyhow::Result<()> {
+        ensure!(
+            self.args.minutes.is_none(),
+            "a run with --minutes follows the clock and cannot be resumed"
+        );
         let path = self.args.state.clone();
         let (tensors, metadata) = weights::load(&path).context("nothing to resume from")?;
         let number = |key: &str| -> anyhow::Result<u64> {
@@ -188,9 +203,7 @@ impl Run {
             text.parse()
                 .with_context(|| format!("{} lacks {key}", path.display()))
         };
-        if number("seed")? != self.args.seed {
-            bail!("{} is of another seed", path.display());
-        }
+        self.plan.check(&path, &metadata)?;
         self.step = number("step")? as u32;
         self.tokens = number("tokens")?;
         self.spent = Duration::from_secs(number("seconds")?);
@@ -221,7 +234,7 @@ impl Run {
 
     /// Returns the mean loss over the learned tokens and the gradient's norm.
     fn train_step(&mut self) -> anyhow::Result<(f64, f64)> {
-        let batch = self.draw_batch();
+        let batch = draw_batch(&self.args, &self.tokenizer, self.step);
         self.tokens += batch.rows() as u64;
         let losses = token_losses(&self.model, &batch);
         let loss = (losses * &batch.weights).sum(Kind::Float) / batch.weights.sum(Kind::Float);
@@ -230,22 +243,6 @@ impl Run {
         let norm = self.optimizer.step(scale);
         self.step += 1;
         Ok((loss.double_value(&[]), norm))
-    }
-
-    fn draw_batch(&self) -> Batch {
-        // A stream of its own for every step: nothing to store for --resume.
-        let mut rng = Rng::with_seed(
-            self.args.seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ u64::from(self.step),
-        );
-        let writer = Writer::new(&self.tokenizer);
-        let mut samples = Vec::new();
-        let mut tokens = 0;
-        while tokens < self.args.tokens_per_step {
-            let sample = writer.draw(&mut rng);
-            tokens += sample.ids.len();
-            samples.push(sample);
-        }
-        Batch::new(samples)
     }
 
     fn describe(&self, loss: f64, norm: f64) -> String {
@@ -292,7 +289,7 @@ impl Run {
     }
 
     fn save(&self) -> anyhow::Result<()> {
-        let model = self.args.out.join("model.safetensors");
+        let model = self.args.out.join(MODEL_FILE);
         let format = HashMap::from([("format".to_owned(), "pt".to_owned())]);
         weights::save(&model, &self.optimizer.values(), format)?;
         let metadata = [
@@ -300,15 +297,11 @@ impl Run {
             ("updates", self.optimizer.updates() as u64),
             ("tokens", self.tokens),
             ("seconds", self.elapsed().as_secs()),
-            ("seed", self.args.seed),
         ];
         let metadata = metadata.map(|(key, value)| (key.to_owned(), value.to_string()));
+        let metadata = metadata.into_iter().chain(self.plan.entries()).collect();
         create_parent(&self.args.state)?;
-        weights::save(
-            &self.args.state,
-            &self.optimizer.state(),
-            HashMap::from(metadata),
-        )?;
+        weights::save(&self.args.state, &self.optimizer.state(), metadata)?;
         Ok(())
     }
 
@@ -327,6 +320,21 @@ impl Run {
         }
         Ok(())
     }
+}
+
+/// The batch of step `step`.
+fn draw_batch(args: &TrainArgs, tokenizer: &Tokenizer, step: u32) -> Batch {
+    // A stream of its own for every step: nothing to store for --resume.
+    let mut rng = Rng::with_seed(args.seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ u64::from(step));
+    let writer = Writer::new(tokenizer);
+    let mut samples = Vec::new();
+    let mut tokens = 0;
+    while tokens < args.tokens_per_step {
+        let sample = writer.draw(&mut rng);
+        tokens += sample.ids.len();
+        samples.push(sample);
+    }
+    Batch::new(samples)
 }
 
 fn create_parent(path: &Path) -> anyhow::Result<()> {
@@ -408,11 +416,10 @@ fn quick_items(task: Task) -> Vec<Item> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn args(dir: &Path) -> TrainArgs {
-        TrainArgs {
+impl TrainArgs {
+    /// A short run in `dir`.
+    pub(super) fn for_tests(dir: &Path) -> Self {
+        Self {
             out: dir.join("model"),
             state: dir.join("state.safetensors"),
             resume: false,
@@ -427,40 +434,7 @@ mod tests {
             adam_rate: 0.004,
         }
     }
-
-    #[test]
-    fn an_interrupted_run_ends_where_an_uninterrupted_one_does() {
-        let dir = std::env::temp_dir().join(format!("understudy-train-{}", std::process::id()));
-        let steps = |run: &mut Run, count: usize| -> Vec<f64> {
-            (0..count).map(|_| run.train_step().unwrap().0).collect()
-        };
-        let whole = steps(&mut Run::start(args(&dir)).unwrap(), 4);
-        let mut first = Run::start(args(&dir)).unwrap();
-        let mut parts = steps(&mut first, 2);
-        first.save().unwrap();
-        let resume = TrainArgs {
-            resume: true,
-            ..args(&dir)
-        };
-        let mut second = Run::start(resume).unwrap();
-        assert_eq!(second.step, 2);
-        parts.extend(steps(&mut second, 2));
-        for (a, b) in whole.iter().zip(&parts) {
-            assert!((a - b).abs() < 1e-5, "{whole:?} {parts:?}");
-        }
-        std::fs::remove_dir_all(&dir).unwrap();
-    }
-
-    #[test]
-    fn a_state_of_another_seed_is_refused() {
-        let dir = std::env::temp_dir().join(format!("understudy-seed-{}", std::process::id()));
-        Run::start(args(&dir)).unwrap().save().unwrap();
-        let other = TrainArgs {
-            resume: true,
-            seed: 6,
-            ..args(&dir)
-        };
-        assert!(Run::start(other).is_err());
-        std::fs::remove_dir_all(&dir).unwrap();
-    }
 }
+
+#[cfg(test)]
+mod tests;

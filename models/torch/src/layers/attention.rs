@@ -5,7 +5,7 @@ use tch::Tensor;
 use super::{GetWeight, Linear, RopeAngles};
 use crate::config::LlamaConfig;
 use crate::exact::SharedPool;
-use crate::llama::LoadError;
+use crate::tensor_error::TensorError;
 
 /// Attention proper: who attends to what, and where keys and values are kept. Training looks at the rows of the
 /// batch; serving stores the rows in the sequences' KV slots and reads those.
@@ -32,7 +32,7 @@ impl SelfAttention {
         name: &str,
         config: &LlamaConfig,
         get: &mut GetWeight<'_>,
-    ) -> Result<Self, LoadError> {
+    ) -> Result<Self, TensorError> {
         let hidden = config.hidden_size;
         let q_size = config.num_attention_heads * config.head_dim;
         let kv_size = config.num_key_value_heads * config.head_dim;

@@ -5,7 +5,7 @@ use understudy_kernels::PackedLinear;
 
 use super::GetWeight;
 use crate::exact::{self, SharedPool};
-use crate::llama::LoadError;
+use crate::tensor_error::TensorError;
 
 /// One row of `hidden_size` per token id.
 #[derive(Debug)]
@@ -26,7 +26,7 @@ impl Embedding {
         vocab_size: i64,
         hidden_size: i64,
         get: &mut GetWeight<'_>,
-    ) -> Result<Self, LoadError> {
+    ) -> Result<Self, TensorError> {
         let weight = get(&format!("{name}.weight"), &[vocab_size, hidden_size])?;
         Ok(Self::Dense { weight })
     }

@@ -5,7 +5,7 @@ use understudy_kernels::PackedLinear;
 
 use super::GetWeight;
 use crate::exact::{self, SharedPool};
-use crate::llama::LoadError;
+use crate::tensor_error::TensorError;
 
 /// `y = x Wᵀ + b`.
 #[derive(Debug)]
@@ -31,7 +31,7 @@ impl Linear {
         out_features: i64,
         bias: bool,
         get: &mut GetWeight<'_>,
-    ) -> Result<Self, LoadError> {
+    ) -> Result<Self, TensorError> {
         let weight = get(&format!("{name}.weight"), &[out_features, in_features])?;
         let bias = match bias {
             true => Some(get(&format!("{name}.bias"), &[out_features])?),

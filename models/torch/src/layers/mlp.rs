@@ -5,7 +5,7 @@ use tch::Tensor;
 use super::{GetWeight, Linear};
 use crate::config::LlamaConfig;
 use crate::exact::{self, SharedPool};
-use crate::llama::LoadError;
+use crate::tensor_error::TensorError;
 
 /// `down(silu(gate(x)) · up(x))`.
 #[derive(Debug)]
@@ -21,7 +21,7 @@ impl Mlp {
         name: &str,
         config: &LlamaConfig,
         get: &mut GetWeight<'_>,
-    ) -> Result<Self, LoadError> {
+    ) -> Result<Self, TensorError> {
         let (hidden, inner) = (config.hidden_size, config.intermediate_size);
         let mut linear = |part: &str, from, to| {
             Linear::load(&format!("{name}.{part}"), from, to, config.mlp_bias, get)

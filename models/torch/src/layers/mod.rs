@@ -20,7 +20,7 @@ pub use rope::{Rope, RopeAngles};
 
 use tch::Tensor;
 
-use crate::llama::LoadError;
+use crate::tensor_error::TensorError;
 
 /// Where a layer asks for its weights: `(full Hugging Face name, expected shape) -> tensor of that shape`.
-pub type GetWeight<'a> = dyn FnMut(&str, &[i64]) -> Result<Tensor, LoadError> + 'a;
+pub type GetWeight<'a> = dyn FnMut(&str, &[i64]) -> Result<Tensor, TensorError> + 'a;

@@ -4,7 +4,7 @@ use tch::{Kind, Tensor};
 
 use super::GetWeight;
 use crate::exact::{self, SharedPool};
-use crate::llama::LoadError;
+use crate::tensor_error::TensorError;
 
 /// `x / sqrt(mean(x²) + eps) · weight`, over the last dimension.
 #[derive(Debug)]
@@ -22,7 +22,7 @@ impl RmsNorm {
         size: i64,
         eps: f64,
         get: &mut GetWeight<'_>,
-    ) -> Result<Self, LoadError> {
+    ) -> Result<Self, TensorError> {
         let weight = get(&format!("{name}.weight"), &[size])?;
         Ok(Self {
             weight,

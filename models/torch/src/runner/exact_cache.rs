@@ -49,15 +49,20 @@ impl ExactCache {
         }
     }
 
-    /// Bytes of address space that such a cache takes when every position is in use.
+    /// Bytes of address space that such a cache takes when every position is in use; the largest number if a configuration asks for
+    /// more than a number can say.
     #[must_use]
     pub fn size_bytes(config: &LlamaConfig, slots: usize, context_length: usize) -> u64 {
-        let position = KvBlocks::position_bytes(
+        let positions = context_length
+            .checked_next_multiple_of(BLOCK)
+            .unwrap_or(usize::MAX);
+        KvBlocks::position_bytes(
             config.num_key_value_heads as usize,
             config.head_dim as usize,
-        );
-        (position * config.num_hidden_layers) as u64
-            * (slots * context_length.next_multiple_of(BLOCK)) as u64
+        )
+        .saturating_mul(config.num_hidden_layers)
+        .saturating_mul(slots)
+        .saturating_mul(positions) as u64
     }
 
     /// The attention of one step over these chunks.

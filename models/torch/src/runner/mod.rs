@@ -14,7 +14,9 @@ mod stock_cache;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use tch::{Device, Tensor};
-use understudy_engine_core::runner::{Chunk, ModelInfo, ModelRunner, Slot, StepError};
+use understudy_engine_core::runner::{
+    Chunk, ModelInfo, ModelRunner, Slot, StepError, Ticks, panic_text,
+};
 
 pub use exact_cache::ExactCache;
 pub use stock_cache::StockCache;
@@ -42,6 +44,7 @@ pub struct LlamaRunner {
     model: Llama,
     cache: Cache,
     info: ModelInfo,
+    ticks: Ticks,
 }
 
 impl LlamaRunner {
@@ -59,7 +62,12 @@ impl LlamaRunner {
             )),
             None => Cache::Stock(StockCache::new(&model, info.slots, info.context_length)),
         };
-        Self { model, cache, info }
+        Self {
+            model,
+            cache,
+            info,
+            ticks: Ticks::default(),
+        }
     }
 
     /// What a step may not ask for; the scheduler never does.
@@ -117,11 +125,15 @@ impl LlamaRunner {
         }
         let tensor = |values: &[i64]| Tensor::from_slice(values).to_device(device);
         let (ids, positions) = (tensor(&ids), tensor(&positions));
-        let mut attention: Box<dyn Attention + '_> = match &mut self.cache {
+        let attention: Box<dyn Attention + '_> = match &mut self.cache {
             Cache::Exact(cache) => Box::new(cache.attention(chunks)),
             Cache::Stock(cache) => Box::new(cache.attention(chunks)),
         };
-        let hidden = self.model.forward(&ids, &positions, &mut *attention);
+        let mut attention = Ticking {
+            inner: attention,
+            ticks: &self.ticks,
+        };
+        let hidden = self.model.forward(&ids, &positions, &mut attention);
         if wanted.is_empty() {
             return;
         }
@@ -140,9 +152,29 @@ impl LlamaRunner {
     }
 }
 
+/// Tells the owner of the process, at every layer's attention, that the step gets on: a prompt through a large model on a CPU may take
+/// longer than an engine may stand still.
+struct Ticking<'a> {
+    inner: Box<dyn Attention + 'a>,
+    ticks: &'a Ticks,
+}
+
+impl Attention for Ticking<'_> {
+    fn attend(&mut self, layer: usize, q: &Tensor, k: &Tensor, v: &Tensor) -> Tensor {
+        self.ticks.tick();
+        let attended = self.inner.attend(layer, q, k, v);
+        self.ticks.tick();
+        attended
+    }
+}
+
 impl ModelRunner for LlamaRunner {
     fn info(&self) -> &ModelInfo {
         &self.info
+    }
+
+    fn set_ticks(&mut self, ticks: Ticks) {
+        self.ticks = ticks;
     }
 
     fn execute(&mut self, chunks: &[Chunk<'_>], logits: &mut Vec<f32>) -> Result<(), StepError> {
@@ -160,15 +192,4 @@ impl ModelRunner for LlamaRunner {
     fn release(&mut self, _slot: Slot) {
         // A later sequence overwrites positions before it reads them; nothing to do.
     }
-}
-
-/// The first line of a panic's text: LibTorch appends pages of C++ frames.
-pub(crate) fn panic_text(panic: &(dyn std::any::Any + Send)) -> String {
-    let text = panic
-        .downcast_ref::<&str>()
-        .copied()
-        .or_else(|| panic.downcast_ref::<String>().map(String::as_str));
-    text.and_then(|text| text.lines().next())
-        .unwrap_or("panic without a text")
-        .to_owned()
 }

@@ -4,6 +4,8 @@
 use tch::{Device, Kind, Tensor};
 use understudy_engine_core::runner::{Chunk, Slot};
 
+use crate::checkpoint::StoredType;
+use crate::config::LlamaConfig;
 use crate::llama::{Attention, Llama};
 
 /// One `[slots, kv_heads, context, head_dim]` tensor each for keys and values, per layer.
@@ -32,6 +34,24 @@ impl StockCache {
             keys: tensors(),
             values: tensors(),
         }
+    }
+
+    /// Bytes that such a cache takes in the given element type, whether used or not; the largest number if a configuration asks for
+    /// more than a number can say.
+    #[must_use]
+    pub fn size_bytes(
+        config: &LlamaConfig,
+        slots: usize,
+        context_length: usize,
+        dtype: StoredType,
+    ) -> u64 {
+        // Keys and values.
+        (2 * dtype.size_bytes() as u64)
+            .saturating_mul(config.num_key_value_heads as u64)
+            .saturating_mul(config.head_dim as u64)
+            .saturating_mul(config.num_hidden_layers as u64)
+            .saturating_mul(slots as u64)
+            .saturating_mul(context_length as u64)
     }
 
     /// The attention of one step over these chunks.

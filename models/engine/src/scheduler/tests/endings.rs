@@ -77,7 +77,6 @@ fn requests_that_cannot_be_served_say_why() {
             with(&|s| s.prompt = vec![1; 250]),
             "shorten the prompt by 51",
         ),
-        (with(&|s| s.committed = vec![1; 200]), "exceed"),
         (with(&|s| s.prompt = vec![1, 48]), "index 1"),
         (with(&|s| s.committed = vec![48]), "index 1"),
         (with(&|s| s.expect_logprobs = vec![0.0]), "1 logprobs"),
@@ -130,4 +129,34 @@ fn requests_that_cannot_be_served_say_why() {
     assert!(
         matches!(&lab.failed[&base.attempt], AttemptError::Invalid(text) if text.contains("whole vocabulary"))
     );
+}
+
+/// A replica that came back with a shorter context than the one that began the log: the request is well, this place is not.
+#[test]
+fn a_log_without_room_is_another_replicas() {
+    let base = start(1, &[1; 150], &SamplingParams::default());
+    for committed in [50, 51, 90] {
+        let mut lab = Lab::new(model(), SchedulerOptions::default());
+        lab.start(&StartAttempt {
+            committed: vec![1; committed],
+            expect_logprobs: vec![-1.0],
+            ..base.clone()
+        });
+        let error = &lab.failed[&base.attempt];
+        assert!(
+            matches!(error, AttemptError::ReplayMismatch { position: 50, .. }),
+            "{error}"
+        );
+        assert!(error.to_string().contains("same context_length"), "{error}");
+    }
+    let mut lab = Lab::new(model(), SchedulerOptions::default());
+    lab.start(&StartAttempt {
+        prompt: vec![1; 250],
+        committed: vec![1],
+        ..base.clone()
+    });
+    assert!(matches!(
+        lab.failed[&base.attempt],
+        AttemptError::ReplayMismatch { position: 0, .. }
+    ));
 }

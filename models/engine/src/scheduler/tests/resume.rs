@@ -178,7 +178,90 @@ fn totals_tell_prompt_replay_and_output_apart() {
         Totals {
             prompt_tokens: 7,
             replayed_tokens: 9,
-            generated_tokens: 11
+            generated_tokens: 11,
+            close_logprobs: 0,
         }
     );
+}
+
+/// A runner whose rows depend on how many of them are computed at a time, as a library's operators have it.
+struct Batchy {
+    inner: FakeRunner,
+    info: ModelInfo,
+    /// How far a logit moves in a chunk of more than one token.
+    by: f32,
+}
+
+impl Batchy {
+    fn new(dtype: &str, by: f32) -> Self {
+        let inner = FakeRunner::new(model(), Faults::default());
+        let info = ModelInfo {
+            exact: false,
+            dtype: dtype.to_owned(),
+            ..inner.info().clone()
+        };
+        Self { inner, info, by }
+    }
+}
+
+impl ModelRunner for Batchy {
+    fn info(&self) -> &ModelInfo {
+        &self.info
+    }
+
+    fn execute(&mut self, chunks: &[Chunk<'_>], logits: &mut Vec<f32>) -> Result<(), StepError> {
+        self.inner.execute(chunks, logits)?;
+        if chunks.iter().any(|chunk| chunk.tokens.len() > 1) {
+            for (index, logit) in logits.iter_mut().enumerate() {
+                *logit += if index % 2 == 0 { self.by } else { -self.by };
+            }
+        }
+        Ok(())
+    }
+
+    fn release(&mut self, slot: Slot) {
+        self.inner.release(slot);
+    }
+}
+
+#[test]
+fn a_runner_that_is_not_exact_may_be_close() {
+    let sampling = SamplingParams {
+        ignore_eos: true,
+        max_tokens: 30,
+        ..SamplingParams::default()
+    };
+    let start = start(1, &[5, 6], &sampling);
+    let whole = alone(&model(), &start);
+    let resumed = resumed(&start, &whole, 20, 4);
+    let run = |dtype: &str, by: f32| {
+        let mut runner = Batchy::new(dtype, by);
+        let mut scheduler = Scheduler::new(runner.info(), SchedulerOptions::default());
+        scheduler.start(resumed.clone()).unwrap();
+        let (mut tokens, mut failed) = (Vec::new(), Vec::new());
+        while let Some(outcome) = scheduler.step(&mut runner).unwrap() {
+            tokens.extend(outcome.tokens.into_iter().map(|token| token.token.id));
+            failed.extend(outcome.failed);
+        }
+        (tokens, failed, scheduler.totals().close_logprobs)
+    };
+    let rest: Vec<u32> = whole[20..].iter().map(|token| token.token.id).collect();
+    assert_eq!(run("f32", 0.0), (rest.clone(), vec![], 0));
+    assert_eq!(
+        run("f32", 1e-4),
+        (rest.clone(), vec![], 4),
+        "close, and counted"
+    );
+    assert_eq!(run("bf16", 0.05), (rest, vec![], 4));
+    for (dtype, by) in [("f32", 0.05), ("bf16", 2.0)] {
+        let (tokens, failed, _) = run(dtype, by);
+        assert_eq!(tokens, [0; 0]);
+        assert!(
+            matches!(
+                failed[..],
+                [(_, AttemptError::ReplayMismatch { position: 16, .. })]
+            ),
+            "{dtype} {by}: {failed:?}"
+        );
+    }
 }

@@ -6,10 +6,10 @@ mod facts;
 mod stories;
 mod words;
 
-pub use arithmetic::{Operator, arithmetic_item, equation};
+pub use arithmetic::{Operator, arithmetic_item};
 pub use count::{count_item, counted};
 pub use facts::{FACT_COUNT, fact_items};
-pub use stories::story_item;
+pub use stories::{is_story, story_item};
 pub use words::{WordTask, word_item};
 
 use fastrand::Rng;

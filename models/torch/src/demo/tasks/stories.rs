@@ -117,6 +117,23 @@ fn story(rng: &mut Rng, cast: &Cast<'_>) -> String {
     text
 }
 
+/// Whether `text` has a story's form and is about what `question` asks for: it begins and ends as stories do, tells of one animal and
+/// of one person throughout, and contains every name and noun of the question.
+pub fn is_story(text: &str, question: &str) -> bool {
+    let words: Vec<&str> = text.split(|c: char| !c.is_alphabetic()).collect();
+    let heroes = |of: &[&str]| of.iter().filter(|hero| words.contains(hero)).count();
+    let asked = question.split([' ', '.']).filter(|word| {
+        [&NAMES[..], &ANIMALS, &THINGS]
+            .iter()
+            .any(|of| of.contains(word))
+    });
+    text.starts_with("Once upon a time there was a")
+        && text.ends_with(" The end.")
+        && heroes(&NAMES) == 1
+        && heroes(&ANIMALS) == 1
+        && asked.into_iter().all(|word| words.contains(&word))
+}
+
 const EPISODES: usize = 9;
 
 fn episode(rng: &mut Rng, cast: &Cast<'_>, which: usize) -> String {
@@ -167,8 +184,37 @@ mod tests {
                 format!("{}{}", item.raw_prompt, item.raw_answer_text()),
                 text
             );
-            let names = NAMES.iter().filter(|name| text.contains(*name)).count();
-            assert_eq!(names, 1, "{text}");
+            assert!(is_story(&text, &item.question), "{text}");
+        }
+    }
+
+    #[test]
+    fn what_is_no_story_or_another_one_is_told() {
+        let story = "Once upon a time there was a small fox who lived near the river. \
+                     The fox had a friend whose name was Mia. Mia found a red key. The end.";
+        for question in [
+            "",
+            "Tell me a story.",
+            "Tell me a story about Mia and a fox.",
+            "Write a story about a fox and a key.",
+        ] {
+            assert!(is_story(story, question), "{question}");
+        }
+        for question in [
+            "Tell me a story about Tom.",
+            "Tell me a story about an owl.",
+            "Tell me a story about a lamp.",
+        ] {
+            assert!(!is_story(story, question), "{question}");
+        }
+        for (part, with) in [
+            (" The end.", ""),
+            ("Once upon a time", "Then"),
+            ("Mia found", "Tom found"),
+            ("The fox had", "The bear had"),
+            ("Mia", "She"),
+        ] {
+            assert!(!is_story(&story.replace(part, with), ""), "{part}");
         }
     }
 }
