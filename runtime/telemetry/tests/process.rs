@@ -38,8 +38,7 @@ fn case_process() {
         }
         "main" => {
             tracing::info!("before");
-            let refused: Result<(), String> = Err(SECRET.into());
-            refused.unwrap();
+            panic!("called unwrap() on an Err value: {SECRET:?}");
         }
         other => unreachable!("{other}"),
     }
