@@ -169,7 +169,10 @@ impl Elsewhere {
     /// The request goes on: the client has been at its second gateway since, and done nothing to it.
     async fn assert_left_alone(mut self) {
         self.client.status().await.unwrap();
-        self.client.ping().await.unwrap();
+        // A cancel would take the same way, and a few turns.
+        for _ in 0..100 {
+            self.client.ping().await.unwrap();
+        }
         assert_eq!(self.gateway.script.lock().unwrap().cancels, 0);
         assert!(!self.cluster.is_cancelled(self.id));
         assert!(self.stream.next().await.unwrap().is_some());
@@ -231,28 +234,5 @@ async fn a_detached_request_goes_on_and_can_be_resumed() {
 
     let unaccepted = client.submit(Request::prompt("x")).await.unwrap();
     assert_eq!(unaccepted.detach(), None);
-    until(|| gateway.script.lock().unwrap().cancels == 1).await;
-}
-
-#[tokio::test]
-async fn a_cancel_gets_through_a_full_queue() {
-    let cluster = Cluster::new(1_000_000);
-    let gateway = cluster.gateway().await;
-    let client = client(&gateway).await;
-    let mut stream = client.submit(Request::prompt("x")).await.unwrap();
-    stream.next().await.unwrap();
-    // More calls than commands fit into the queue, each begun, with no turn for the connection's task in between.
-    let full = tokio::task::unconstrained(async {
-        let mut calls = Vec::new();
-        let mut context = std::task::Context::from_waker(std::task::Waker::noop());
-        for _ in 0..1100 {
-            let mut call = Box::pin(client.ping());
-            assert!(call.as_mut().poll(&mut context).is_pending());
-            calls.push(call);
-        }
-        stream.cancel();
-        calls
-    });
-    drop(full.await);
     until(|| gateway.script.lock().unwrap().cancels == 1).await;
 }

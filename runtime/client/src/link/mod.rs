@@ -273,3 +273,39 @@ impl Attachment {
         Ok(has_ended)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_cancel_waits_for_room_in_a_full_queue() {
+        let (commands, mut queue) = mpsc::channel(1);
+        let link = Arc::new(Link {
+            commands,
+            address: "a:1".to_owned(),
+            limits: Limits {
+                max_frame_bytes: 100,
+                max_streams: 1,
+                max_credit: 1,
+            },
+            slots: Arc::new(Semaphore::new(1)),
+            freed: Arc::default(),
+            next_stream: AtomicU32::new(1),
+            end: Arc::default(),
+        });
+        link.credit(1, 1).await.unwrap();
+        let mut cancel = tokio::spawn({
+            let link = link.clone();
+            async move { link.cancel(1).await }
+        });
+        tokio::task::yield_now().await;
+        assert!(!cancel.is_finished());
+        assert!(matches!(queue.recv().await, Some(Command::Credit { .. })));
+        (&mut cancel).await.unwrap().unwrap();
+        assert!(matches!(
+            queue.try_recv(),
+            Ok(Command::Cancel { stream: 1 })
+        ));
+    }
+}
