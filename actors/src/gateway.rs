@@ -11,6 +11,7 @@ use tokio::time::Instant;
 use understudy_protocol::handshake::AccessTokens;
 use understudy_protocol::message::Limits;
 use understudy_protocol::{ErrorBody, ErrorCode};
+use understudy_telemetry::gauges::QueueBytes;
 use understudy_telemetry::record;
 
 use crate::admission::Admissions;
@@ -39,6 +40,8 @@ pub struct GatewayShared {
     pub handshake_timeout: Duration,
     pub idle_timeout: Duration,
     pub write_timeout: Duration,
+    /// The gauge of what waits to be written to clients.
+    pub waiting: QueueBytes,
     pub admission: Admissions,
     pub surroundings: Surroundings,
     /// One permit a connection.

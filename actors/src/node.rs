@@ -18,6 +18,8 @@ use understudy_config::{ClusterConfig, ModelSettings, Placement, Role};
 use understudy_journal::Retention;
 use understudy_protocol::handshake::AccessTokens;
 use understudy_protocol::message::Limits;
+use understudy_telemetry::gauges::QueueBytes;
+use understudy_telemetry::record;
 
 use crate::admission::Admissions;
 use crate::cluster::{ClusterActor, ClusterArgs, Listeners};
@@ -263,6 +265,7 @@ impl Front {
             handshake_timeout: Duration::from_millis(settings.handshake_timeout_ms),
             idle_timeout: Duration::from_millis(settings.idle_timeout_ms),
             write_timeout: Duration::from_millis(settings.write_timeout_ms),
+            waiting: QueueBytes::new(record::Queue::ClientOut),
             admission: parts.admission,
             surroundings: surroundings.clone(),
             connections: Arc::new(Semaphore::new(settings.max_connections as usize)),

@@ -73,6 +73,10 @@ pub enum RequestMsg {
         stream: u32,
         tokens: u32,
     },
+    /// The connection of the audience with that number has room again.
+    Room {
+        watch: u64,
+    },
     /// There is more that the viewer can be given at once.
     More,
     /// The node stops.

@@ -68,6 +68,8 @@ pub struct RequestState {
     audience: Option<Audience>,
     /// Counts audiences, so that a timer of an earlier one does nothing.
     watch: u64,
+    /// Whether the audience's connection is full, and will say when it is not.
+    is_held: bool,
     surroundings: Surroundings,
     model: Arc<str>,
     /// Given back with the outcome: a client that reads slowly holds no place.
@@ -123,6 +125,7 @@ impl Actor for Request {
             core,
             audience: None,
             watch: 0,
+            is_held: false,
             surroundings,
             model,
             place,
@@ -153,7 +156,11 @@ impl Actor for Request {
     ) -> Result<(), ActorProcessingErr> {
         let now = Instant::now();
         let effects = match message {
-            RequestMsg::Tokens(tokens) => state.core.tokens(tokens, now),
+            RequestMsg::Tokens(tokens) => {
+                let effects = state.core.tokens(tokens, now);
+                state.surroundings.metrics.committed(now.elapsed());
+                effects
+            }
             RequestMsg::Dispatched {
                 epoch,
                 at,
@@ -207,6 +214,11 @@ impl Actor for Request {
             }
             RequestMsg::Credit { .. } => Vec::new(),
             RequestMsg::More => state.core.more(),
+            RequestMsg::Room { watch } if watch == state.watch => {
+                state.is_held = false;
+                state.core.hold(false)
+            }
+            RequestMsg::Room { .. } => Vec::new(),
             RequestMsg::Shutdown => {
                 state.guard.stopping = true;
                 let error = ErrorBody::new(ErrorCode::ShuttingDown, STOPPING);
@@ -215,6 +227,7 @@ impl Actor for Request {
         };
         let was_open = state.place.is_some();
         state.carry_out(&me, effects);
+        state.hold_if_full(&me);
         if was_open && state.place.is_none() {
             state.remind_of_viewer(&me);
         }
@@ -289,6 +302,21 @@ impl RequestState {
         }
     }
 
+    /// Shows nothing more to a connection that has too much to write already, until it has room.
+    fn hold_if_full(&mut self, me: &ActorRef<RequestMsg>) {
+        let Some(audience) = self.audience.as_ref().filter(|_| !self.is_held) else {
+            return;
+        };
+        if audience.outbox.is_full() {
+            self.is_held = true;
+            self.core.hold(true);
+            let (me, watch) = (me.clone(), self.watch);
+            audience.outbox.when_free(move || {
+                me.cast(RequestMsg::Room { watch }).ok();
+            });
+        }
+    }
+
     fn route(&mut self, route: Route<ActorRef<RequestMsg>>) {
         self.guard.attempt = Some(route.start.attempt);
         self.surroundings
@@ -301,6 +329,7 @@ impl RequestState {
         let credit = audience.credit.min(self.surroundings.max_credit);
         let effects = self.core.attach(audience.stream, audience.next, credit)?;
         self.watch += 1;
+        self.is_held = false;
         if let Some(before) = self.audience.replace(audience.clone()) {
             // A stream has one reader: the latest. The earlier one is told, and its place on its connection is freed.
             let message = "the request is being read on another connection now";

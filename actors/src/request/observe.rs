@@ -2,9 +2,11 @@
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use understudy_journal::Outcome;
 use understudy_protocol::message::FinishReason;
+use understudy_telemetry::gauges::JournalMetrics;
 use understudy_telemetry::record::{
     self, RecoveryCause, ReplaySource, RequestMetrics, RequestSummary,
 };
@@ -16,9 +18,15 @@ use crate::peer::{LossCause, ReplicaId};
 #[derive(Clone, Default)]
 pub struct MetricsCache {
     by_replica: Arc<Mutex<HashMap<ReplicaId, RequestMetrics>>>,
+    journal: JournalMetrics,
 }
 
 impl MetricsCache {
+    /// A batch of tokens was committed to a log.
+    pub fn committed(&self, took: Duration) {
+        self.journal.committed(took);
+    }
+
     /// Records one observation of a request.
     pub fn observe(&self, request: &RequestCore, observation: Observation) {
         match observation {

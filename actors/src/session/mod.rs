@@ -137,6 +137,7 @@ impl Actor for Session {
                 queue,
                 rules,
                 limit: shared.write_timeout,
+                waiting: shared.waiting.clone(),
             },
             session: me.clone(),
             stopped: stop,

@@ -5,12 +5,12 @@ use std::time::Duration;
 
 use bytes::BytesMut;
 use tokio::io::{AsyncWrite, AsyncWriteExt};
-use tokio::sync::mpsc;
 use tokio::time::timeout;
 use understudy_protocol::codec::{self, EncodeError};
 use understudy_protocol::message::ServerMessage;
+use understudy_telemetry::gauges::QueueBytes;
 
-use crate::outbox::{Outgoing, SharedRules};
+use crate::outbox::{Outgoing, Queue, SharedRules};
 
 /// Bytes that the writer gathers before it writes them in one go.
 const WRITE_BATCH_BYTES: usize = 64 * 1024;
@@ -27,19 +27,23 @@ pub(super) enum Written {
 }
 
 pub(super) struct Writer {
-    pub queue: mpsc::UnboundedReceiver<Outgoing>,
+    pub queue: Queue,
     pub rules: SharedRules,
     /// How long the client may take nothing.
     pub limit: Duration,
+    /// For the gauge of what waits on all connections.
+    pub waiting: QueueBytes,
 }
 
 impl Writer {
     /// Writes what the queue holds, in batches, until there is an end to it.
     pub async fn run(mut self, mut socket: impl AsyncWrite + Unpin) -> Written {
         let mut bytes = BytesMut::new();
-        while let Some(first) = self.queue.recv().await {
-            let is_last = match self.gather(first, &mut bytes) {
-                Ok(is_last) => is_last,
+        let mut waiting = self.waiting.share();
+        while let Some(first) = self.queue.next().await {
+            waiting.set(self.queue.queued() as u64);
+            let (is_last, weight) = match self.gather(first, &mut bytes) {
+                Ok(gathered) => gathered,
                 Err(error) => {
                     // A message of ours that the protocol cannot carry: the stream would have a gap, so it ends here.
                     tracing::error!(%error, "message to a client could not be encoded");
@@ -49,6 +53,8 @@ impl Writer {
             if write(&mut socket, &mut bytes, self.limit).await.is_err() {
                 return Written::Broken;
             }
+            self.queue.written(weight);
+            waiting.set(self.queue.queued() as u64);
             if is_last {
                 socket.shutdown().await.ok();
                 return Written::LastWord;
@@ -59,10 +65,16 @@ impl Writer {
     }
 
     /// Encodes `first` and what waits behind it, up to a batch or to the connection's last word. Returns whether that is
-    /// in it.
-    fn gather(&mut self, first: Outgoing, bytes: &mut BytesMut) -> Result<bool, EncodeError> {
+    /// in it, and what all of it weighed.
+    fn gather(
+        &mut self,
+        first: (Outgoing, usize),
+        bytes: &mut BytesMut,
+    ) -> Result<(bool, usize), EncodeError> {
+        let mut total = 0;
         let mut next = Some(first);
-        while let Some(Outgoing { message, .. }) = next {
+        while let Some((Outgoing { message, .. }, weight)) = next {
+            total += weight;
             codec::encode(&message, bytes)?;
             match message {
                 // The number of a stream is free again when its end is written: not sooner, or a client that does not
@@ -74,15 +86,15 @@ impl Writer {
                     ..
                 } => self.rules.lock().ended(stream),
                 // What requests still send to their streams is not for a connection that has ended.
-                ServerMessage::Error { stream: None, .. } => return Ok(true),
+                ServerMessage::Error { stream: None, .. } => return Ok((true, total)),
                 _ => {}
             }
             next = match bytes.len() {
-                0..WRITE_BATCH_BYTES => self.queue.try_recv().ok(),
+                0..WRITE_BATCH_BYTES => self.queue.next_now(),
                 _ => None,
             };
         }
-        Ok(false)
+        Ok((false, total))
     }
 }
 
@@ -130,6 +142,7 @@ mod tests {
                 queue,
                 rules,
                 limit,
+                waiting: QueueBytes::new(understudy_telemetry::record::Queue::ClientOut),
             },
         )
     }

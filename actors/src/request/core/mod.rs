@@ -335,7 +335,8 @@ impl RequestCore {
         let finish = token.finish;
         let piece = self.text.push(token.token.id);
         self.transcript.pieces.push(piece.text.into_boxed_str());
-        let observations = self.timeline.token(now, None);
+        let waited = token.waited_ms.map(|ms| Duration::from_millis(ms.into()));
+        let observations = self.timeline.token(now, waited);
         effects.extend(observations.into_iter().map(Effect::Observe));
         self.stage = Stage::Generating;
         self.attempts.progress();

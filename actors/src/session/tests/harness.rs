@@ -13,6 +13,8 @@ use understudy_journal::Retention;
 use understudy_protocol::handshake::AccessTokens;
 use understudy_protocol::message::{Input, Limits, Sampling, ServerMessage};
 use understudy_protocol::{FrameDecoder, decode_server, encode};
+use understudy_telemetry::gauges::QueueBytes;
+use understudy_telemetry::record;
 
 use super::super::*;
 use crate::admission::{Admissions, Defaults};
@@ -104,6 +106,7 @@ impl Gateway {
             handshake_timeout: PATIENCE,
             idle_timeout: PATIENCE,
             write_timeout: PATIENCE,
+            waiting: QueueBytes::new(record::Queue::ClientOut),
             admission: admissions(),
             surroundings,
             connections: Arc::new(Semaphore::new(8)),
@@ -166,6 +169,7 @@ impl Gateway {
                 top: Vec::new(),
             },
             finish: None,
+            waited_ms: None,
         };
         let hub = &self.shared.surroundings.hub;
         hub.cast(HubMsg::Tokens(vec![token])).expect("a hub");

@@ -1,8 +1,9 @@
 //! What waits to be written to one client.
 //!
 //! The queue itself has no limit; what may enter it has. Token events need the client's credit (at most `max_credit`
-//! per stream, `max_streams` streams), each stream has one terminal event, and answers to the client's own questions
-//! take one of [`MAX_ANSWERS`] permits, so that a client that asks but does not read stops being heard.
+//! per stream, `max_streams` streams) and room on the connection ([`FULL_BYTES`]), each stream has one terminal event, and
+//! answers to the client's own questions take one of [`MAX_ANSWERS`] permits, so that a client that asks but does not read
+//! stops being heard.
 //!
 //! Invariant: an [`Outbox`] lets nothing through after its stream's terminal event, whoever holds a copy of it, and
 //! whatever comes late.
@@ -14,6 +15,12 @@ use understudy_protocol::ErrorBody;
 use understudy_protocol::handshake::ConnectionRules;
 use understudy_protocol::message::ServerMessage;
 
+mod room;
+
+pub use self::room::FULL_BYTES;
+
+use self::room::{Room, weight};
+
 /// Answers (pong, status, refusals) that wait on one connection at most.
 pub const MAX_ANSWERS: usize = 64;
 
@@ -22,6 +29,39 @@ pub const MAX_ANSWERS: usize = 64;
 pub struct Outgoing {
     pub message: ServerMessage,
     pub permit: Option<OwnedSemaphorePermit>,
+}
+
+/// The receiving end, for the writer. Counts what waits.
+#[derive(Debug)]
+pub struct Queue {
+    receiver: mpsc::UnboundedReceiver<Outgoing>,
+    room: Arc<Room>,
+}
+
+impl Queue {
+    /// The next message, with its weight: to be given back by [`Queue::written`]. `None` when nobody can send any more.
+    pub async fn next(&mut self) -> Option<(Outgoing, usize)> {
+        let next = self.receiver.recv().await?;
+        let weight = weight(&next.message);
+        Some((next, weight))
+    }
+
+    /// As [`Queue::next`], if there is one now.
+    pub fn next_now(&mut self) -> Option<(Outgoing, usize)> {
+        let next = self.receiver.try_recv().ok()?;
+        let weight = weight(&next.message);
+        Some((next, weight))
+    }
+
+    /// That much is on its way to the client.
+    pub fn written(&self, weight: usize) {
+        self.room.free(weight);
+    }
+
+    /// Bytes that wait.
+    pub fn queued(&self) -> usize {
+        self.room.queued()
+    }
 }
 
 /// The rules of a connection, shared between its reader, which asks them, and its writer, which tells them of streams
@@ -43,15 +83,34 @@ impl SharedRules {
 /// When the last copy and the last outbox are gone, the writer has nothing more to wait for.
 #[derive(Debug, Clone)]
 pub struct Answers {
-    queue: mpsc::UnboundedSender<Outgoing>,
+    queue: Sender,
     permits: Arc<Semaphore>,
 }
 
+#[derive(Debug, Clone)]
+struct Sender {
+    sender: mpsc::UnboundedSender<Outgoing>,
+    room: Arc<Room>,
+}
+
+impl Sender {
+    /// Returns whether the connection lives.
+    fn send(&self, message: ServerMessage, permit: Option<OwnedSemaphorePermit>) -> bool {
+        self.room.add(weight(&message));
+        self.sender.send(Outgoing { message, permit }).is_ok()
+    }
+}
+
 impl Answers {
-    pub fn new() -> (Self, mpsc::UnboundedReceiver<Outgoing>) {
-        let (queue, receiver) = mpsc::unbounded_channel();
+    pub fn new() -> (Self, Queue) {
+        let (sender, receiver) = mpsc::unbounded_channel();
+        let room = Arc::new(Room::default());
+        let queue = Sender {
+            sender,
+            room: room.clone(),
+        };
         let permits = Arc::new(Semaphore::new(MAX_ANSWERS));
-        (Self { queue, permits }, receiver)
+        (Self { queue, permits }, Queue { receiver, room })
     }
 
     /// Waits until one more answer may wait. The writer, which gives up a client that takes nothing, bounds this.
@@ -61,8 +120,7 @@ impl Answers {
 
     /// Sends an answer whose permit was taken before. Returns whether the connection lives.
     pub fn send(&self, message: ServerMessage, permit: OwnedSemaphorePermit) -> bool {
-        let permit = Some(permit);
-        self.queue.send(Outgoing { message, permit }).is_ok()
+        self.queue.send(message, Some(permit))
     }
 
     /// Waits for a permit, and sends. Returns whether the connection lives.
@@ -75,13 +133,13 @@ impl Answers {
 
     /// The connection ends with `error`: the writer drops whatever is sent after it.
     pub fn close(&self, error: ErrorBody) {
-        let (stream, request, permit) = (None, None, None);
+        let (stream, request) = (None, None);
         let message = ServerMessage::Error {
             stream,
             request,
             error,
         };
-        self.queue.send(Outgoing { message, permit }).ok();
+        self.queue.send(message, None);
     }
 
     /// The sending end of a stream that begins.
@@ -96,7 +154,7 @@ impl Answers {
 /// The sending end of one stream, from its beginning to its terminal event. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Outbox {
-    queue: mpsc::UnboundedSender<Outgoing>,
+    queue: Sender,
     /// Held while sending, so that nothing overtakes the terminal event.
     ended: Arc<Mutex<bool>>,
 }
@@ -112,13 +170,22 @@ impl Outbox {
             message,
             ServerMessage::Finished { .. } | ServerMessage::Error { .. }
         );
-        let permit = None;
-        self.queue.send(Outgoing { message, permit }).is_ok()
+        self.queue.send(message, None)
+    }
+
+    /// Whether so much waits on the connection that no more should be sent before there is room.
+    pub fn is_full(&self) -> bool {
+        self.queue.room.is_full()
+    }
+
+    /// Calls `wake` when there is room again: at once if there is. Never, if the connection ends before.
+    pub fn when_free(&self, wake: impl FnOnce() + Send + 'static) {
+        self.queue.room.when_free(wake);
     }
 
     /// Whether anybody may still read what is sent.
     pub fn is_connected(&self) -> bool {
-        !self.queue.is_closed()
+        !self.queue.sender.is_closed()
     }
 
     /// Whether the terminal event has been sent.
@@ -155,8 +222,8 @@ mod tests {
         assert!(late.send(error(1)), "the connection lives");
         assert!(two.send(error(2)));
         assert!(one.is_same(&late) && !one.is_same(&two));
-        let sent: Vec<_> = std::iter::from_fn(|| queue.try_recv().ok())
-            .map(|outgoing| outgoing.message)
+        let sent: Vec<_> = std::iter::from_fn(|| queue.next_now())
+            .map(|(outgoing, _)| outgoing.message)
             .collect();
         assert_eq!(sent, [error(1), error(2)]);
     }
