@@ -238,39 +238,39 @@ async fn an_engine_with_wrong_numbers_is_given_up_after_its_refusals() {
     assert_eq!(stage.network.sent(), expected);
 }
 
-#[tokio::test]
-async fn a_stopped_worker_leaves_no_process_behind() {
-    let (network, engine) = (FakeNetwork::new(), StandIn::new());
-    let (args, mut news) = args(&network, &engine).await;
-    let (worker, _) = Actor::spawn(None, Worker, args).await.unwrap();
-    let pid = until("the engine's start", || match news.try_recv().ok()? {
-        ReplicaMsg::Worker {
-            news: WorkerNews::Started { pid },
-            ..
-        } => Some(pid),
-        _ => None,
-    })
-    .await;
-    let process = format!("/proc/{pid}");
-    assert!(Path::new(&process).exists());
-    worker.stop_and_wait(None, None).await.unwrap();
-    // Neither running, nor ended and waited for by nobody.
-    assert!(!Path::new(&process).exists());
+/// The state of a worker whose commands go to the test.
+async fn state(network: &FakeNetwork, engine: &StandIn) -> (WorkerState, mpsc::Receiver<Vec<u8>>) {
+    let (args, _) = args(network, engine).await;
+    let (process, _socket) = EngineProcess::spawn(&args.spec).unwrap();
+    let (commands, queue) = mpsc::channel(1);
+    (WorkerState::new(args, process, commands), queue)
+}
+
+/// Neither does it run, nor has it ended without anybody who waits for it.
+fn is_buried(engine: &EngineProcess) -> bool {
+    !Path::new(&format!("/proc/{}", engine.pid())).exists()
 }
 
 #[tokio::test]
-async fn a_stopped_worker_asks_its_engine_to_end() {
+async fn a_stopped_worker_asks_its_engine_to_end_and_buries_it() {
     let (network, engine) = (FakeNetwork::new(), StandIn::new());
-    let (args, _news) = args(&network, &engine).await;
-    let (process, _socket) = EngineProcess::spawn(&args.spec).unwrap();
-    let (commands, mut queue) = mpsc::channel(1);
-    let mut state = WorkerState::new(args, process, commands);
+    let (mut state, mut queue) = state(&network, &engine).await;
     state.in_flight.insert(start(1, 1).attempt, network.peer());
+    assert!(!is_buried(&state.engine));
     state.stop().await;
     let shutdown = codec::encode(&EngineCommand::Shutdown).unwrap();
     assert_eq!(queue.try_recv().unwrap(), shutdown);
     let attempts = vec![start(1, 1).attempt];
     assert_eq!(network.sent(), [lost(attempts, LossCause::Stopped)]);
+    assert!(is_buried(&state.engine));
+}
+
+#[tokio::test]
+async fn an_engine_that_is_given_up_is_buried() {
+    let (network, engine) = (FakeNetwork::new(), StandIn::new());
+    let (mut state, _queue) = state(&network, &engine).await;
+    state.give_up(LossCause::EngineHang, "a test".into()).await;
+    assert!(is_buried(&state.engine));
 }
 
 #[tokio::test]
