@@ -9,6 +9,7 @@ use ractor::{Actor, ActorProcessingErr, ActorRef, RpcReplyPort};
 use understudy_cluster::PeerId;
 use understudy_engine_core::frame::{AttemptId, StartAttempt};
 
+use understudy_telemetry::gauges::NodeInfo;
 use understudy_telemetry::record;
 
 use crate::peer::{Links, PeerMessage, ReplicaId, ReplicaReport, ReplicaState};
@@ -54,22 +55,25 @@ pub struct Endpoint;
 
 pub struct EndpointState {
     links: Links,
+    /// What this node serves, for metrics.
+    info: NodeInfo,
     replicas: BTreeMap<ReplicaId, Entry>,
 }
 
 impl Actor for Endpoint {
     type Msg = EndpointMsg;
     type State = EndpointState;
-    type Arguments = Links;
+    type Arguments = (Links, NodeInfo);
 
     async fn pre_start(
         &self,
         me: ActorRef<EndpointMsg>,
-        links: Links,
+        (links, info): (Links, NodeInfo),
     ) -> Result<EndpointState, ActorProcessingErr> {
         me.send_interval(REPORT_INTERVAL, || EndpointMsg::Tick);
         Ok(EndpointState {
             links,
+            info,
             replicas: BTreeMap::new(),
         })
     }
@@ -152,6 +156,10 @@ impl EndpointState {
     }
 
     fn measure(&self) {
+        let ready = self.replicas.values().map(|entry| &entry.report);
+        let ready = ready.filter(|report| report.state == ReplicaState::Ready);
+        self.info
+            .serves(ready.map(|report| report.fingerprint.as_str()));
         let models: BTreeSet<&str> = self.replicas.keys().map(|id| &*id.model).collect();
         for model in models {
             for &label in record::ReplicaState::ALL {
@@ -232,7 +240,10 @@ mod tests {
     /// An endpoint without a worker, which has refused attempt 1 to a gateway that had no room for the refusal.
     async fn with_an_unheard_refusal() -> (FakeNetwork, ActorRef<EndpointMsg>) {
         let network = FakeNetwork::new();
-        let (endpoint, _) = Actor::spawn(None, Endpoint, network.links()).await.unwrap();
+        let (endpoint, _) =
+            Actor::spawn(None, Endpoint, (network.links(), NodeInfo::new("a", "0")))
+                .await
+                .unwrap();
         network.fill();
         let dispatch = EndpointMsg::Dispatch {
             gateway: network.peer(),
@@ -279,7 +290,10 @@ mod tests {
     #[tokio::test]
     async fn a_replica_whose_supervisor_is_gone_is_published_no_longer() {
         let network = FakeNetwork::new();
-        let (endpoint, _) = Actor::spawn(None, Endpoint, network.links()).await.unwrap();
+        let (endpoint, _) =
+            Actor::spawn(None, Endpoint, (network.links(), NodeInfo::new("a", "0")))
+                .await
+                .unwrap();
         let message = EndpointMsg::Replica {
             report: Box::new(report(ReplicaState::Ready)),
             worker: None,

@@ -89,8 +89,9 @@ impl Actor for Hub {
         _requests: &mut Self::State,
     ) -> Result<(), ActorProcessingErr> {
         // Requests end by the thousand; one that fails has told its client and freed its place as it fell.
-        if let SupervisionEvent::ActorFailed(_, error) = event {
-            tracing::error!(%error, "request failed");
+        if let SupervisionEvent::ActorFailed(actor, _) = event {
+            // The error may be a panic's, and quote a prompt: where it was stands in the panic's own line.
+            tracing::error!(actor = %actor.get_id(), "a request's actor failed");
         }
         Ok(())
     }

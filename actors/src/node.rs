@@ -18,7 +18,7 @@ use understudy_config::{ClusterConfig, ModelSettings, Placement, Role};
 use understudy_journal::Retention;
 use understudy_protocol::handshake::AccessTokens;
 use understudy_protocol::message::Limits;
-use understudy_telemetry::gauges::QueueBytes;
+use understudy_telemetry::gauges::{NodeInfo, QueueBytes};
 use understudy_telemetry::record;
 
 use crate::admission::Admissions;
@@ -109,11 +109,13 @@ impl Actor for NodeSupervisor {
             .into_iter()
             .filter(|place| place.node == node)
             .collect();
+        // A gateway serves no engine: its series says so.
+        let info = NodeInfo::new(&node, &version);
         let is_host = config
             .node(&node)
             .is_some_and(|settings| settings.has_role(Role::Host));
         let endpoint = match is_host {
-            true => Some(spawn(&me, Endpoint, links.clone()).await?),
+            true => Some(spawn(&me, Endpoint, (links.clone(), info)).await?),
             false => None,
         };
         let front = match gateway {
@@ -180,7 +182,8 @@ impl Actor for NodeSupervisor {
     ) -> Result<(), ActorProcessingErr> {
         match event {
             SupervisionEvent::ActorFailed(actor, error) => {
-                tracing::error!(actor = %actor.get_id(), %error, "an actor of the node failed, the node ends");
+                // The error may be a panic's, and quote what it was about: where it was stands in the panic's own line.
+                tracing::error!(actor = %actor.get_id(), "an actor of the node failed, the node ends");
                 Err(error)
             }
             SupervisionEvent::ActorTerminated(actor, _, reason) => {

@@ -43,6 +43,25 @@ pub enum ErrorCode {
 }
 
 impl ErrorCode {
+    /// Every code that a server sends: what ends a connection first, then what ends or refuses a request.
+    pub const ALL: [Self; 15] = [
+        Self::UnsupportedVersion,
+        Self::Unauthorized,
+        Self::FrameTooLarge,
+        Self::Malformed,
+        Self::OutOfOrder,
+        Self::Timeout,
+        Self::InvalidRequest,
+        Self::UnknownModel,
+        Self::UnknownRequest,
+        Self::Overloaded,
+        Self::Unavailable,
+        Self::DeadlineExceeded,
+        Self::AttemptsExhausted,
+        Self::ShuttingDown,
+        Self::Internal,
+    ];
+
     /// The code as it stands on the wire, and in metrics.
     pub fn as_str(self) -> &'static str {
         match self {

@@ -17,8 +17,7 @@ use understudy_cluster::{
 };
 use understudy_config::{ClusterConfig, LoadOptions, NodeSettings, PathCheck, Role, read_tokens};
 use understudy_protocol::handshake::AccessTokens;
-use understudy_telemetry::gauges::NodeInfo;
-use understudy_telemetry::{LogFormat, LogOptions};
+use understudy_telemetry::{LogFormat, LogOptions, record};
 
 use crate::cli::env;
 use crate::cli::exit::Exit;
@@ -90,7 +89,8 @@ async fn serve(config: Arc<ClusterConfig>, node: NodeSettings) -> anyhow::Result
         }
         None => None,
     };
-    NodeInfo::new(&node.name, version);
+    let codes = understudy_protocol::ErrorCode::ALL.map(|code| code.as_str());
+    record::register_error_codes(&codes, &codes);
     let gateway = match node.has_role(Role::Gateway) {
         true => Some(gateway_parts(&config, &node).await?),
         false => None,
