@@ -177,8 +177,9 @@ fn detail(error: &rmp_serde::decode::Error) -> &'static str {
 /// Why the cluster actor stops when the events do.
 const LAYER_ENDED: &str = "the cluster layer has ended";
 
-/// Hands each event to the actor. In a planned stop the actor goes first; when the events end while it lives, the layer
-/// below has failed, this node is in no cluster any more, and must end as with any failed singleton.
+/// Hands each event to the actor. In a planned stop the actor goes first, and events are dropped until the layer below has
+/// said goodbye: without somebody who takes them it would leave at once. When the events end while the actor lives, the layer
+/// has failed, this node is in no cluster any more, and must end as with any failed singleton.
 async fn forward(mut events: mpsc::Receiver<ClusterEvent>, actor: ActorRef<ClusterMsg>) {
     let permits = std::sync::Arc::new(tokio::sync::Semaphore::new(MAX_EVENTS_IN_MAILBOX));
     while let Some(event) = events.recv().await {
@@ -186,7 +187,7 @@ async fn forward(mut events: mpsc::Receiver<ClusterEvent>, actor: ActorRef<Clust
             return;
         };
         if actor.cast(ClusterMsg::Event(event, permit)).is_err() {
-            return;
+            while events.recv().await.is_some() {}
         }
     }
     actor.stop(Some(LAYER_ENDED.to_owned()));
@@ -288,6 +289,25 @@ mod tests {
     async fn the_end_of_the_cluster_layer_ends_its_actor_with_a_reason() {
         let up = ClusterEvent::Up { peer: peer() };
         assert_eq!(end_after(vec![up]).await.as_deref(), Some(LAYER_ENDED));
+    }
+
+    #[tokio::test]
+    async fn a_planned_stop_leaves_somebody_who_takes_the_events() {
+        let (taker, ended) = Actor::spawn(None, Taker, ()).await.unwrap();
+        taker.stop(None);
+        ended.await.unwrap();
+        let (events, received) = mpsc::channel(1);
+        let forwarding = tokio::spawn(forward(received, taker));
+        for _ in 0..100 {
+            let up = ClusterEvent::Up { peer: peer() };
+            let sent = timeout(PATIENCE, events.send(up)).await.expect("taken");
+            sent.expect("somebody is there");
+        }
+        drop(events);
+        timeout(PATIENCE, forwarding)
+            .await
+            .expect("it ends with the events")
+            .unwrap();
     }
 
     #[test]
