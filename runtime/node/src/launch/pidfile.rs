@@ -280,7 +280,8 @@ mod tests {
 
     #[test]
     fn a_file_names_a_running_process_and_no_other() {
-        let file = PidFile(folder("names").join("a.pid"));
+        let folder = folder("names");
+        let file = PidFile(folder.join("a.pid"));
         assert_eq!(file.running(), None, "missing");
         let me = ProcessId::of(std::process::id()).expect("this process runs");
         file.write(me).expect("written");
@@ -301,6 +302,7 @@ mod tests {
         }
         file.remove();
         file.remove();
+        fs::remove_dir_all(&folder).expect("removed");
     }
 
     #[test]

@@ -151,6 +151,12 @@ impl Drop for Place {
     fn drop(&mut self) {
         if std::thread::panicking() {
             let _ = self.command(&["down", "c.toml"]).output();
+            // What the test has put beyond the reach of `down`.
+            for pid in self.processes() {
+                let _ = Command::new("kill")
+                    .args(["-KILL", &pid.to_string()])
+                    .status();
+            }
             for log in ["a.log", "b.log", "launcher.log"] {
                 let text = fs::read_to_string(self.run_dir().join(log)).unwrap_or_default();
                 eprintln!("--- {log}\n{text}");
