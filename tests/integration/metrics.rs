@@ -54,25 +54,83 @@ async fn names_that_dashboards_read_are_there_and_valid() {
         (scrape::sum(&text, "vllm:generation_tokens_total", "") > 0.0).then_some(text)
     })
     .await;
-    for name in [
-        "vllm:time_to_first_token_seconds_count",
-        "vllm:inter_token_latency_seconds_count",
-        "vllm:e2e_request_latency_seconds_count",
-        "vllm:request_success_total",
+    for (name, label) in [
+        (
+            "vllm:time_to_first_token_seconds_count",
+            "model_name=\"demo\"",
+        ),
+        (
+            "vllm:inter_token_latency_seconds_count",
+            "model_name=\"demo\"",
+        ),
+        (
+            "vllm:e2e_request_latency_seconds_count",
+            "model_name=\"demo\"",
+        ),
+        (
+            "vllm:request_queue_time_seconds_count",
+            "model_name=\"demo\"",
+        ),
+        (
+            "vllm:request_prefill_time_seconds_count",
+            "model_name=\"demo\"",
+        ),
+        (
+            "vllm:request_decode_time_seconds_count",
+            "model_name=\"demo\"",
+        ),
+        (
+            "vllm:request_inference_time_seconds_count",
+            "model_name=\"demo\"",
+        ),
+        ("vllm:request_prompt_tokens_sum", "model_name=\"demo\""),
+        ("vllm:request_generation_tokens_sum", "model_name=\"demo\""),
+        ("vllm:request_success_total", "model_name=\"demo\""),
+        ("understudy_journal_commit_seconds_count", ""),
+        ("understudy_queued_bytes", "queue=\"finished\""),
     ] {
-        assert!(
-            scrape::sum(&gateway, name, "model_name=\"demo\"") > 0.0,
-            "{name} in\n{gateway}"
-        );
+        let value = scrape::sum(&gateway, name, label);
+        assert!(value > 0.0, "{name} in\n{gateway}");
     }
+    for (name, label) in [
+        ("vllm:cache_config_info", "block_size="),
+        ("vllm:prompt_tokens_total", "engine=\"1\""),
+        ("vllm:iteration_tokens_total_count", "engine=\"1\""),
+        ("understudy_node_info", "fingerprint=\"fake"),
+        ("understudy_replicas", "state=\"ready\""),
+    ] {
+        let value = scrape::sum(&host, name, label);
+        assert!(value > 0.0, "{name} {label} in\n{host}");
+    }
+    // One token of 4 requests and more in each step: steps are counted, not the engine's reports of them.
+    let steps = scrape::sum(&host, "vllm:iteration_tokens_total_count", "engine=\"1\"");
+    assert!(steps >= 20.0, "{steps} steps for 20 tokens each");
+    // What has not happened yet is there, at 0: a counter that comes with its first event hides it from `increase()`.
     for name in [
         "vllm:num_requests_running",
         "vllm:num_requests_waiting",
         "vllm:kv_cache_usage_perc",
+        "vllm:prefix_cache_queries_total",
+        "vllm:prefix_cache_hits_total",
+        "vllm:num_preemptions_total",
+        "understudy_worker_restarts_total",
     ] {
-        assert!(host.contains(name), "{name} in\n{host}");
+        assert!(host.contains(&format!("\n{name}{{")), "{name} in\n{host}");
     }
-    assert!(gateway.contains("understudy_node_info{"), "{gateway}");
+    for name in [
+        "understudy_recoveries_total{",
+        "understudy_replayed_tokens_total{",
+        "understudy_fenced_messages_total{",
+        "understudy_quarantined_requests_total ",
+        "understudy_request_errors_total{",
+        "understudy_peer_state{",
+        "understudy_heartbeat_age_seconds{",
+    ] {
+        assert!(
+            gateway.contains(&format!("\n{name}")),
+            "{name} in\n{gateway}"
+        );
+    }
     if installed("promtool") {
         for text in [gateway, host] {
             let mut check = Command::new("promtool")

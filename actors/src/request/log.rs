@@ -31,7 +31,7 @@ impl RequestState {
             Refusal::Engine(
                 error @ (AttemptError::ReplayMismatch { .. } | AttemptError::NotFinite { .. }),
             ) => {
-                tracing::warn!(%request, epoch, worker, %error, "a replica computes other numbers: check its weights and memory");
+                tracing::warn!(%request, epoch, worker, %error, "a replica does not go on with this log");
             }
             refusal => tracing::debug!(%request, epoch, worker, ?refusal, "attempt refused"),
         }

@@ -264,7 +264,7 @@ pub struct ReplicaStatus {
     pub node: String,
     /// Number of the replica within its model, unique in the cluster.
     pub replica: u32,
-    /// `starting`, `ready`, `suspect`, `backoff`, `down`.
+    /// `starting`, `ready`, `suspect`, `backoff`, `stopping`, `down`, `unreachable`.
     pub state: String,
     pub in_flight: u32,
     pub workers: Vec<WorkerStatus>,

@@ -12,7 +12,7 @@ use understudy_protocol::{ErrorBody, ErrorCode};
 use super::effect::{Effect, Settings};
 use crate::peer::{LossCause, Refusal, ReplicaRef};
 
-/// How many of the last committed logprobs a new attempt has to reproduce, bit for bit.
+/// How many of the last committed logprobs a new attempt has to reproduce: bit for bit where the engine is exact, within a tolerance elsewhere.
 const CHECKED_LOGPROBS: usize = 4;
 
 /// First pause before an attempt that met a full engine is routed again; doubles up to [`FULL_RETRY_MAX`].

@@ -268,6 +268,7 @@ mod tests {
                 top: Vec::new(),
             },
             finish,
+            waited_ms: None,
         };
         let mut text = Detokenizer::new(Arc::clone(&tokenizer), &[]);
         // The two bytes of an e with an acute accent, in the byte alphabet.

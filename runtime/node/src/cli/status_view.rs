@@ -184,8 +184,8 @@ fn last_errors(replica: &ReplicaStatus) -> impl Iterator<Item = String> {
 fn state(name: &str) -> Cell {
     let colour = match name {
         "self" | "alive" | "ready" => Some(Colour::Green),
-        "suspect" | "starting" | "backoff" => Some(Colour::Yellow),
-        "dead" | "down" => Some(Colour::Red),
+        "suspect" | "starting" | "backoff" | "stopping" => Some(Colour::Yellow),
+        "dead" | "down" | "unreachable" => Some(Colour::Red),
         "never_seen" => Some(Colour::Dim),
         _ => None,
     };
