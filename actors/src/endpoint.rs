@@ -99,6 +99,7 @@ impl Actor for Endpoint {
                     },
                 );
                 if urgent {
+                    state.measure();
                     state.links.broadcast(&state.report());
                 }
                 if let Some(published) = published {

@@ -64,11 +64,12 @@ impl Engine {
         write_frame(&mut self.socket, command, &mut Vec::new()).unwrap();
     }
 
-    /// The next event that is neither progress nor a heartbeat; `None` at the end of the stream.
+    /// The next event that is neither progress, nor a heartbeat, nor a step without tokens; `None` at the end of the stream.
     fn next(&mut self) -> Option<EngineEvent> {
         loop {
             match self.events.read::<EngineEvent>().unwrap() {
                 Some(EngineEvent::Loading { .. } | EngineEvent::Heartbeat(_)) => {}
+                Some(EngineEvent::Step { tokens, .. }) if tokens.is_empty() => {}
                 event => return event,
             }
         }

@@ -23,6 +23,7 @@ struct Stream {
     position: u32,
     end: u32,
     cancelled: bool,
+    paused: bool,
     credit: CreditBalance,
     /// Token events sent and not granted again; below 0 where more was granted.
     outstanding: i64,
@@ -241,6 +242,7 @@ impl Connection {
             position,
             end: record.end,
             cancelled: record.cancelled,
+            paused: false,
             credit: CreditBalance::new(credit, self.cluster.max_credit),
             outstanding: 0,
         };
@@ -280,6 +282,9 @@ impl Connection {
         let Some(stream) = self.streams.get_mut(&number) else {
             return Ok(false);
         };
+        if stream.paused && !stream.cancelled {
+            return Ok(false);
+        }
         let position = stream.position;
         if let Some(fault) = take_fault(&self.script, position) {
             return self.strike(number, position, fault);
@@ -316,6 +321,10 @@ impl Connection {
             Fault::Cut => Err(Over),
             Fault::Hang => {
                 self.hung = true;
+                Ok(false)
+            }
+            Fault::Pause => {
+                self.streams.get_mut(&number).unwrap().paused = true;
                 Ok(false)
             }
             Fault::Fail(code) => {

@@ -28,6 +28,8 @@ pub enum Fault {
     Cut,
     /// The connection stays open and brings nothing more.
     Hang,
+    /// The stream brings nothing more until it is cancelled; its connection lives.
+    Pause,
     /// The stream ends with this code.
     Fail(ErrorCode),
     /// The connection ends with this code.

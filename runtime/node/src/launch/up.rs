@@ -3,6 +3,7 @@
 use std::collections::HashSet;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 use std::time::{Instant, SystemTime};
 
 use clap::Args;
@@ -314,9 +315,19 @@ async fn not_up(not_ready: NotReady, means: &Means, words: &[LastWords]) -> Fail
     let Some((node, words)) = nodes.find(|(known, _)| Some(&known.name) == node.as_ref()) else {
         return Failure::new(Exit::Failed, why);
     };
-    let lines = words.lines(&means.ssh, &means.plan, node).await;
+    // The gateway's word may be faster than the node's own log.
+    let deadline = tokio::time::Instant::now() + LAST_WORDS_WAIT;
+    let mut lines = words.lines(&means.ssh, &means.plan, node).await;
+    while lines.is_empty() && tokio::time::Instant::now() < deadline {
+        tokio::time::sleep(LAST_WORDS_POLL).await;
+        lines = words.lines(&means.ssh, &means.plan, node).await;
+    }
     Failure::new(Exit::Failed, with_last_lines(why, &node.name, &lines))
 }
+
+/// How long the launcher waits for a node to log why it cannot serve, and how often it looks.
+const LAST_WORDS_WAIT: Duration = Duration::from_secs(1);
+const LAST_WORDS_POLL: Duration = Duration::from_millis(20);
 
 fn early_end(node: &str, how: &str, last_lines: &[String]) -> Failure {
     let text = format!("node {node} did not come up: {how}");

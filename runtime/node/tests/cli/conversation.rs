@@ -120,7 +120,7 @@ impl Person {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_person_can_stop_an_answer_and_go_on() {
     let gateway = Cluster::new(3).gateway().await;
-    gateway.fault(2, Fault::Hang);
+    gateway.fault(2, Fault::Pause);
     let address = gateway.address.to_string();
     let terminal = Terminal::open();
     let mut command = understudy();

@@ -126,7 +126,7 @@ async fn a_refused_request_says_why_and_whether_to_try_again() {
 async fn a_gateway_lost_for_good_leaves_what_resume_needs() {
     let cluster = Cluster::new(9);
     let gateway = cluster.gateway().await;
-    gateway.fault(4, Fault::Hang);
+    gateway.fault(4, Fault::Pause);
     let address = gateway.address.to_string();
     let arguments = ["--prompt", "x", "--json", "--recovery-timeout", "100ms"];
     let mut child = understudy()
