@@ -47,7 +47,13 @@ async fn names_that_dashboards_read_are_there_and_valid() {
         .await
         .expect("fake");
     run_all(&cluster.client(), 8, 20).await;
-    let gateway = scrape::text(&cluster.metrics_address(0)).await;
+    // The age of another node's last sign of life is known with its second one.
+    let gateway = until("a heartbeat", Duration::from_secs(10), || async {
+        let text = scrape::text(&cluster.metrics_address(0)).await;
+        text.contains("understudy_heartbeat_age_seconds{")
+            .then_some(text)
+    })
+    .await;
     // Engines count their tokens in their heartbeats.
     let host = until("counted tokens", Duration::from_secs(10), || async {
         let text = scrape::text(&cluster.metrics_address(1)).await;
