@@ -49,9 +49,10 @@ install_tools() {
     have shellcheck || packages+=(shellcheck)
     if ((${#packages[@]})) && [[ "$(id -u)" == 0 ]] && have apt-get; then
         step "Installing ${packages[*]}"
-        if ! { apt-get update -qq && DEBIAN_FRONTEND=noninteractive \
-            apt-get install -y -qq --no-install-recommends "${packages[@]}"; } >/dev/null 2>&1; then
-            warn "apt-get failed"
+        local said apt=(apt-get -o Acquire::Retries=3 -o Acquire::http::Timeout=20)
+        if ! said="$({ "${apt[@]}" update -qq && DEBIAN_FRONTEND=noninteractive \
+            "${apt[@]}" install -y -qq --no-install-recommends "${packages[@]}"; } 2>&1)"; then
+            warn "apt-get failed:" "$(tail -n 5 <<<"$said")"
         fi
     fi
     packages=()

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use ractor::{Actor, ActorProcessingErr, ActorRef, RpcReplyPort, SupervisionEvent};
+use ractor::{Actor, ActorProcessingErr, ActorRef, ActorStatus, RpcReplyPort, SupervisionEvent};
 use understudy_engine_core::frame::StepToken;
 use understudy_protocol::RequestId;
 use understudy_telemetry::record;
@@ -76,7 +76,10 @@ impl Actor for Hub {
                 }
             }
             HubMsg::Lookup { request, reply } => {
-                reply.send(requests.get(&request).cloned()).ok();
+                // One that is stopping takes no question any more, and its log is with the keeper by now. It unregisters
+                // only after it has stopped.
+                let actor = requests.get(&request).filter(|actor| is_alive(actor));
+                reply.send(actor.cloned()).ok();
             }
         }
         Ok(())
@@ -95,6 +98,16 @@ impl Actor for Hub {
         }
         Ok(())
     }
+}
+
+fn is_alive(actor: &ActorRef<RequestMsg>) -> bool {
+    matches!(
+        actor.get_status(),
+        ActorStatus::Unstarted
+            | ActorStatus::Starting
+            | ActorStatus::Running
+            | ActorStatus::Upgrading
+    )
 }
 
 /// One message per request and step. An engine sends at most one token per attempt and step, so runs are short.

@@ -226,12 +226,10 @@ impl ReplicaSupervisorState {
         }
     }
 
-    /// `error` says why, unless the worker has said it better itself.
+    /// `error` says why: the worker's last word, which knows more than its first about how the engine ended.
     fn worker_ended(&mut self, me: &ActorRef<ReplicaMsg>, error: String) {
         let ending = self.ending.take();
-        if ending.is_none() {
-            self.last_error = Some(shown(&error));
-        }
+        self.last_error = Some(shown(&error));
         let cause = ending.unwrap_or(LossCause::EngineExit);
         self.restart_cause = Some(restart_cause(cause, self.info.is_some()));
         self.worker = None;

@@ -103,11 +103,12 @@ async fn what_a_worker_said_before_its_end_counts_no_more_after_it() {
 async fn the_last_error_is_that_of_the_last_worker() {
     let (args, _, _heard) = args(&StandIn::new()).await;
     let mut stage = Stage::new(args).await;
-    let first = ending(LossCause::EngineExit, "said by the worker");
+    let first = ending(LossCause::EngineExit, "the socket closed");
     stage.worker_says(0, first).await;
-    stage.worker_fails("seen by its supervisor").await;
-    let shown = stage.shown().2;
-    assert_eq!(shown.as_deref(), Some("said by the worker"));
+    assert_eq!(stage.shown().2.as_deref(), Some("the socket closed"));
+    // By then it knows how the process ended.
+    stage.worker_fails("signal: 9").await;
+    assert_eq!(stage.shown().2.as_deref(), Some("signal: 9"));
     stage.worker_fails("a panic").await;
     assert_eq!(stage.shown().2.as_deref(), Some("a panic"));
 }

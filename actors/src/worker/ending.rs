@@ -26,14 +26,13 @@ impl WorkerState {
     /// Kills the engine, reports every attempt as lost, and makes the error that ends this worker.
     pub(super) async fn give_up(&mut self, cause: LossCause, detail: String) -> ActorProcessingErr {
         self.engine.kill();
-        let detail = match cause {
-            // A process that the system takes long to bury must not hold up the streams that wait for this news.
-            LossCause::EngineExit if detail.is_empty() => timeout(BURIAL, self.engine.wait())
-                .await
-                .unwrap_or_else(|_| "it was killed, and has not ended yet".into()),
-            _ => detail,
+        // How the process ended is worth a line, and not worth keeping the streams waiting for.
+        let unknown = cause == LossCause::EngineExit && detail.is_empty();
+        let mut detail = match unknown {
+            true => "the engine's socket closed".to_owned(),
+            false => detail,
         };
-        tracing::warn!(worker = %self.args.name, pid = self.engine.pid(), cause = cause.as_str(), %detail, in_flight = self.in_flight.len(), "engine lost");
+        let in_flight = self.in_flight.len();
         let generation = self.args.generation;
         let told = |done| {
             let detail = detail.clone();
@@ -50,7 +49,11 @@ impl WorkerState {
             .await
             .ok();
         self.report_lost(cause);
-        self.bury().await;
+        match timeout(BURIAL, self.engine.wait()).await {
+            Ok(end) if unknown => detail = end,
+            _ => {}
+        }
+        tracing::warn!(worker = %self.args.name, pid = self.engine.pid(), cause = cause.as_str(), %detail, in_flight, "engine lost");
         detail.into()
     }
 

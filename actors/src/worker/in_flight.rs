@@ -16,12 +16,16 @@ impl InFlight {
         self.owners.len()
     }
 
-    /// An attempt goes to the engine. Earlier attempts at the same request end there without a word, as this one takes
-    /// their place.
-    pub fn insert(&mut self, attempt: AttemptId, gateway: PeerId) {
-        self.owners
-            .retain(|known, _| known.request != attempt.request || known.epoch >= attempt.epoch);
+    /// An attempt goes to the engine, in place of the earlier attempts at the same request that it returns.
+    pub fn insert(&mut self, attempt: AttemptId, gateway: PeerId) -> Vec<AttemptId> {
+        let earlier =
+            |known: &AttemptId| known.request == attempt.request && known.epoch < attempt.epoch;
+        let displaced: Vec<AttemptId> = self.owners.keys().copied().filter(earlier).collect();
+        displaced.iter().for_each(|known| {
+            self.owners.remove(known);
+        });
         self.owners.insert(attempt, gateway);
+        displaced
     }
 
     pub fn remove(&mut self, attempt: AttemptId) -> Option<PeerId> {

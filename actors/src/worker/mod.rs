@@ -175,7 +175,11 @@ impl WorkerState {
                 return Ok(());
             }
         };
-        self.in_flight.insert(attempt, gateway);
+        // An earlier attempt at the same request would end as this one takes its place, but not if this one is refused.
+        for attempt in self.in_flight.insert(attempt, gateway) {
+            let cancel = codec::encode(&EngineCommand::Cancel { attempt })?;
+            self.queue(cancel).await?;
+        }
         self.queue(frame).await?;
         self.in_flight_changed();
         Ok(())
@@ -280,14 +284,16 @@ impl WorkerState {
             .numbers
             .failed(attempt, &error)
             .then(|| format!("wrong numbers for several requests in a row, the last: {error}"));
+        if let Some(detail) = broken {
+            // The attempt is still in flight: it is told as lost with the others, after the report, and may come back to
+            // the engine that takes this one's place.
+            return Err(self.give_up(LossCause::Mismatch, detail).await);
+        }
         if let Some(gateway) = self.in_flight.remove(attempt) {
             self.refuse(&gateway, attempt, error);
             self.in_flight_changed();
         }
-        match broken {
-            Some(detail) => Err(self.give_up(LossCause::Mismatch, detail).await),
-            None => Ok(()),
-        }
+        Ok(())
     }
 
     fn refuse(&self, gateway: &PeerId, attempt: AttemptId, error: AttemptError) {

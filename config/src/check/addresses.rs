@@ -9,12 +9,14 @@ use crate::schema::Reader;
 use crate::settings::NodeSettings;
 
 pub(super) fn check(nodes: &[NodeSettings], reader: &mut Reader<'_>) {
-    let is_spread = nodes.iter().any(|node| !is_local_name(&node.host));
+    // Several machines, as the file itself says. (A file without ssh may be for one machine, some of whose nodes others
+    // reach by its address.)
+    let is_spread = nodes.iter().any(|node| !is_local_name(&node.host))
+        && nodes.iter().any(|node| node.ssh.is_some());
     for (at, node) in nodes.iter().enumerate() {
         let found = [
             unreachable(at, node, reader),
             local_among_others(at, node, is_spread, reader),
-            local_bind(at, node, reader),
             dir_without_ssh(at, node, reader),
         ];
         reader.problems.extend(found.into_iter().flatten());
@@ -24,8 +26,11 @@ pub(super) fn check(nodes: &[NodeSettings], reader: &mut Reader<'_>) {
 /// Nodes that are started elsewhere although all of them have addresses of this machine. Right for a second installation
 /// on this machine, reached through ssh; on several machines no node would find another.
 pub(super) fn warnings(nodes: &[NodeSettings], reader: &Reader<'_>) -> Vec<Problem> {
+    // Right behind a tunnel that ends on this machine, and a mistake otherwise.
+    let local_binds = nodes.iter().enumerate();
+    let local_binds = local_binds.filter_map(|(at, node)| local_bind(at, node, reader));
     if nodes.iter().any(|node| !is_local_name(&node.host)) {
-        return Vec::new();
+        return local_binds.collect();
     }
     let started_by_ssh = nodes
         .iter()
@@ -105,7 +110,7 @@ fn local_bind(at: usize, node: &NodeSettings, reader: &Reader<'_>) -> Option<Pro
         return None;
     }
     let message = format!(
-        "this node listens on \"{}\" only, where nobody can reach it as \"{}\"",
+        "this node listens on \"{}\" only: without a tunnel to it, nobody can reach it as \"{}\"",
         node.bind, node.host
     );
     let problem = reader.problem_at(&format!("node[{at}].bind"), message);

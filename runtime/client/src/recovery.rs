@@ -112,6 +112,11 @@ impl Recovery {
         self.unknown_at.len() >= self.gateways
     }
 
+    /// So long a gateway was there, and does not count.
+    pub fn extend(&mut self, by: Duration) {
+        self.deadline += by;
+    }
+
     /// Notes that the request was accepted again, and then its connection lost before anything came of it: the time in
     /// between does not count, the attempts do. False where it has happened too often.
     #[must_use]

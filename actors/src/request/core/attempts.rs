@@ -142,6 +142,9 @@ impl Attempts {
             return Err(self.exhausted(cause));
         }
         self.tried += 1;
+        // A loss means that some replica had taken the attempt: the patience with refusals starts over.
+        self.refused_since = None;
+        self.full_retries = 0;
         Ok(self.pause_of_a_suspect(admission))
     }
 

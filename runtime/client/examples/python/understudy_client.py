@@ -551,7 +551,9 @@ def request_of(options):
 def show(event, as_json):
     if as_json:
         shown = {key: value for key, value in event.items() if key != "stream"}
-        print(json.dumps(shown, ensure_ascii=False), flush=True)
+        # In one piece: whoever reads lines gets whole ones, though a Ctrl-C may come at any time.
+        sys.stdout.write(json.dumps(shown, ensure_ascii=False) + "\n")
+        sys.stdout.flush()
     else:
         print(event.get("text", ""), end="", flush=True)
 

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use tokio::time::{Instant, sleep_until, timeout_at};
 use tracing::debug;
+use understudy_protocol::ErrorCode;
 use understudy_protocol::message::ClientMessage;
 
 use super::Opening;
@@ -20,6 +21,11 @@ impl Driver {
         let now = Instant::now();
         self.shared.set_attached_at(None);
         let accepted_at = attached.as_ref().and_then(|attached| attached.accepted_at);
+        if let (Some(recovery), Some(attached), None) = (&mut self.recovery, &attached, accepted_at)
+        {
+            // A gateway that was reached, and said nothing, is no time without one. MAX_RESUBMISSIONS bounds this.
+            recovery.extend(now.saturating_duration_since(attached.opened_at));
+        }
         let going_on = match (&mut self.recovery, accepted_at) {
             (Some(recovery), Some(at)) => recovery.fruitless(at, now),
             (Some(_), None) => true,
@@ -127,7 +133,8 @@ impl Driver {
     }
 
     async fn reserve(&mut self, gateway: usize) -> Result<Reservation, Error> {
-        self.queued = false;
+        // Until it is known better: where a further connection cannot be had, a place on another may come free.
+        self.queued = true;
         let reserve = self.pool.reserve(gateway);
         let reserved = match &self.recovery {
             Some(recovery) => timeout_at(recovery.deadline(), reserve)
@@ -144,11 +151,11 @@ impl Driver {
 
     fn opening_message(&self, stream: u32, credit: u32) -> ClientMessage {
         match (&self.opening, self.request_id()) {
-            (Opening::Submit(request), None) => ClientMessage::Submit(request.to_submit(
-                stream,
-                credit,
-                self.pool.options.recovers(),
-            )),
+            (Opening::Submit(request), None) => {
+                let mut submit = request.to_submit(stream, credit, self.pool.options.recovers());
+                submit.deadline_ms = submit.deadline_ms.map(|ms| ms.min(self.deadline_left()));
+                ClientMessage::Submit(submit)
+            }
             (Opening::Submit(_), Some(request)) | (&Opening::Resume(request), _) => {
                 ClientMessage::Resume {
                     stream,
@@ -158,6 +165,17 @@ impl Driver {
                 }
             }
         }
+    }
+
+    /// Milliseconds that are left of the request's own deadline: submitting it again does not begin it anew.
+    fn deadline_left(&self) -> u64 {
+        let Some((at, _)) = self.deadline.filter(|_| self.last_error.is_some()) else {
+            return u64::MAX;
+        };
+        let left = at
+            .saturating_duration_since(Instant::now())
+            .saturating_sub(super::DEADLINE_GRACE);
+        u64::try_from(left.as_millis()).unwrap_or(u64::MAX).max(1)
     }
 
     /// Before the first acceptance an error that will not go away by itself is told at once. After it, another gateway
@@ -174,11 +192,20 @@ impl Driver {
     }
 
     fn not_recovered_within(&mut self, after: Duration) -> Error {
-        let last = self.last_error.take().unwrap_or(Error::NoAddress);
+        let mut last = self.last_error.take().unwrap_or(Error::NoAddress);
         let unknown = self
             .recovery
             .as_ref()
             .is_some_and(Recovery::is_unknown_everywhere);
+        if let (true, Opening::Submit(_), Error::Server(body)) = (unknown, &self.opening, &mut last)
+            && body.code == ErrorCode::UnknownRequest
+        {
+            // It was known once: its log went with its gateway. The same request may well succeed.
+            body.retriable = true;
+            body.message.push_str(
+                "; the gateway that had it is gone, and its log with it: submit it again",
+            );
+        }
         if unknown || !self.pool.options.recovers() {
             return last;
         }

@@ -60,6 +60,8 @@ pub(super) struct Driver {
 pub(super) struct Attached {
     pub attachment: Attachment,
     pub gateway: usize,
+    /// When the request was sent to it.
+    pub opened_at: Instant,
     /// When this connection accepted the request.
     pub accepted_at: Option<Instant>,
     cancel_sent: bool,
@@ -79,6 +81,7 @@ impl Attached {
         Self {
             attachment,
             gateway,
+            opened_at: Instant::now(),
             accepted_at: None,
             cancel_sent: false,
         }

@@ -4,9 +4,9 @@
 //! copies a log that has grown, and cuts the original: writers append (`O_APPEND`), so that their next line stands at the
 //! new end. A line that is written between the copy and the cut is lost.
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, OpenOptions};
 use std::io;
-use std::os::unix::fs::OpenOptionsExt as _;
+use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -44,7 +44,7 @@ fn cut(path: &Path) -> io::Result<bool> {
     let old = old_log(path);
     // First, so that the room for two is enough.
     let _ = fs::remove_file(&old);
-    let mut source = File::open(path)?;
+    let mut source = OpenOptions::new().read(true).write(true).open(path)?;
     let mut copy = OpenOptions::new()
         .write(true)
         .create_new(true)
@@ -54,7 +54,10 @@ fn cut(path: &Path) -> io::Result<bool> {
         let _ = fs::remove_file(&old);
         return Err(error);
     }
-    OpenOptions::new().write(true).open(path)?.set_len(0)?;
+    // A node that was started anew in the meantime has put this file aside itself, and writes to a new one.
+    if fs::metadata(path)?.ino() == source.metadata()?.ino() {
+        source.set_len(0)?;
+    }
     Ok(true)
 }
 
@@ -81,6 +84,7 @@ pub async fn keep_small(files: Vec<PathBuf>) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::fs::File;
     use std::io::Write as _;
 
     fn folder(name: &str) -> PathBuf {
