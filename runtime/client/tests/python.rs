@@ -46,6 +46,14 @@ fn command(gateways: &[&Gateway], arguments: &[&str]) -> Command {
         .kill_on_drop(true)
         .stdout(Stdio::piped())
         .stderr(Stdio::piped());
+    // Whoever runs the tests in the background may have told them to ignore a Ctrl-C, which Python would inherit.
+    // SAFETY: between fork and exec only signal is called, which may be.
+    unsafe {
+        command.pre_exec(|| match libc::signal(libc::SIGINT, libc::SIG_DFL) {
+            libc::SIG_ERR => Err(std::io::Error::last_os_error()),
+            _ => Ok(()),
+        });
+    }
     for gateway in gateways {
         command.arg("--addr").arg(gateway.address.to_string());
     }
