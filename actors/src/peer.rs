@@ -38,8 +38,10 @@ pub struct ReplicaRef {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum LossCause {
-    /// The engine process ended by itself, or was killed by somebody.
+    /// The engine process ended by itself, or by the system for want of memory.
     EngineExit,
+    /// Somebody killed the engine process. What it worked on is not to blame.
+    EngineKilled,
     /// The engine's heartbeat stopped.
     EngineSilent,
     /// The heartbeat went on, but no step finished.
@@ -61,6 +63,7 @@ impl LossCause {
     pub fn as_str(self) -> &'static str {
         match self {
             Self::EngineExit => "engine_exit",
+            Self::EngineKilled => "engine_killed",
             Self::EngineSilent => "engine_silent",
             Self::EngineHang => "engine_hang",
             Self::EngineProtocol => "engine_protocol",

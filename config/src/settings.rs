@@ -166,7 +166,7 @@ settings! {
     RecoverySettings = "recovery" {
         /// Times a request is dispatched without getting a new token; then it ends with a retriable error.
         Local max_attempts: u32 = whole(1..=1_000), preset(16);
-        /// Engines that may die on one request without a new token in between; then the request is taken to be the cause, and ends with an error that says so. At most `restart.intensity`, or such a request takes a replica out of service first.
+        /// Engines that may die on one request without a new token in between, of themselves or for want of memory: killed by somebody, they do not count. Then the request is taken to be the cause, and ends with an error that says so. At most `restart.intensity`, or such a request takes a replica out of service first.
         Local max_engine_deaths: u32 = whole(1..=1_000), preset(4);
         /// Time that a request waits for a replica when none is in service; then it ends with a retriable error.
         Local no_replica_timeout_ms: u64 = whole(0..=DAY_MS), preset(10_000);

@@ -16,6 +16,10 @@ use super::WorkerState;
 use crate::peer::{LossCause, PeerMessage};
 use crate::replica::{ReplicaMsg, WorkerNews};
 
+/// How long the streams of an engine whose socket closed wait for how it ended. The system closes a dying process's files
+/// last: the rest is a matter of microseconds, unless the process closed its socket and lives on.
+const VERDICT: Duration = Duration::from_millis(50);
+
 /// How long an ending worker waits for its engine's end.
 const BURIAL: Duration = Duration::from_millis(200);
 
@@ -26,12 +30,30 @@ impl WorkerState {
     /// Kills the engine, reports every attempt as lost, and makes the error that ends this worker.
     pub(super) async fn give_up(&mut self, cause: LossCause, detail: String) -> ActorProcessingErr {
         self.engine.kill();
-        // How the process ended is worth a line, and not worth keeping the streams waiting for.
-        let unknown = cause == LossCause::EngineExit && detail.is_empty();
-        let mut detail = match unknown {
-            true => "the engine's socket closed".to_owned(),
-            false => detail,
+        let detail = self.end_with(cause, detail).await;
+        detail.into()
+    }
+
+    /// The engine's socket closed, without a word: says how the process ended, and whose doing that was, as the last act
+    /// of this worker.
+    pub(super) async fn engine_closed(&mut self) -> ActorProcessingErr {
+        let end = timeout(VERDICT, self.engine.wait()).await;
+        self.engine.kill();
+        let (cause, detail) = match end {
+            Ok(end) if end.is_by_others() && self.ooms.is_quiet() => {
+                (LossCause::EngineKilled, end.description)
+            }
+            Ok(end) => (LossCause::EngineExit, end.description),
+            Err(_) => (
+                LossCause::EngineExit,
+                "the engine closed its socket and did not end".to_owned(),
+            ),
         };
+        let detail = self.end_with(cause, detail).await;
+        detail.into()
+    }
+
+    async fn end_with(&mut self, cause: LossCause, detail: String) -> String {
         let in_flight = self.in_flight.len();
         let generation = self.args.generation;
         let told = |done| {
@@ -49,12 +71,9 @@ impl WorkerState {
             .await
             .ok();
         self.report_lost(cause);
-        match timeout(BURIAL, self.engine.wait()).await {
-            Ok(end) if unknown => detail = end,
-            _ => {}
-        }
+        self.bury().await;
         tracing::warn!(worker = %self.args.name, pid = self.engine.pid(), cause = cause.as_str(), %detail, in_flight, "engine lost");
-        detail.into()
+        detail
     }
 
     /// Stopped on purpose: the node goes down, or the replica is taken away. The engine is asked to end, and killed if it

@@ -22,6 +22,7 @@ pub mod hang;
 mod in_flight;
 mod numbers;
 mod offer;
+mod oom;
 pub mod process;
 mod socket;
 
@@ -30,6 +31,7 @@ pub use self::offer::Offer;
 use self::hang::{HangDetector, HangLimits};
 use self::in_flight::InFlight;
 use self::numbers::Numbers;
+use self::oom::OomWatch;
 use self::process::{EngineProcess, EngineSpec};
 
 /// How often a worker looks after its engine.
@@ -47,8 +49,10 @@ pub enum WorkerMsg {
     GatewayDown(PeerId),
     /// From the reader of the engine's socket. The permit bounds how many of these wait.
     Engine(EngineEvent, OwnedSemaphorePermit),
-    /// The engine's socket closed, or carried garbage.
-    EngineGone(LossCause, String),
+    /// The engine's socket closed.
+    EngineClosed,
+    /// The engine's socket carried what is no frame.
+    EngineGarbled(String),
     Tick,
 }
 local_message!(WorkerMsg);
@@ -82,6 +86,7 @@ pub struct WorkerState {
     in_flight: InFlight,
     numbers: Numbers,
     detector: HangDetector,
+    ooms: OomWatch,
     started_at: Instant,
     ready: bool,
 }
@@ -125,7 +130,10 @@ impl Actor for Worker {
                 drop(permit);
                 state.engine_event(event).await
             }
-            WorkerMsg::EngineGone(cause, detail) => Err(state.give_up(cause, detail).await),
+            WorkerMsg::EngineClosed => Err(state.engine_closed().await),
+            WorkerMsg::EngineGarbled(detail) => {
+                Err(state.give_up(LossCause::EngineProtocol, detail).await)
+            }
             WorkerMsg::Tick => state.tick().await,
         }
     }
@@ -155,6 +163,7 @@ impl WorkerState {
             in_flight: InFlight::default(),
             numbers: Numbers::default(),
             detector: HangDetector::new(hang, now),
+            ooms: OomWatch::new(now),
             started_at: now,
             ready: false,
         }
@@ -304,6 +313,7 @@ impl WorkerState {
 
     async fn tick(&mut self) -> Result<(), ActorProcessingErr> {
         let now = Instant::now();
+        self.ooms.tick(now);
         if !self.ready && now.saturating_duration_since(self.started_at) > self.args.limits.start {
             let detail = format!(
                 "not ready {} ms after its start",

@@ -2,6 +2,7 @@
 
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream as StdUnixStream;
+use std::os::unix::process::ExitStatusExt;
 use std::path::PathBuf;
 use std::process::Stdio;
 
@@ -57,6 +58,24 @@ impl EngineSpec {
 pub struct EngineProcess {
     child: Child,
     pid: u32,
+}
+
+/// How an engine process ended.
+#[derive(Debug)]
+pub struct EngineEnd {
+    pub description: String,
+    signal: Option<i32>,
+}
+
+impl EngineEnd {
+    /// Whether the signal that ended the process is one that a process gets from others, not for what it did: it asks
+    /// nobody and never follows from a fault of the program. The system's own kills for want of memory look the same.
+    pub fn is_by_others(&self) -> bool {
+        matches!(
+            self.signal,
+            Some(libc::SIGKILL | libc::SIGTERM | libc::SIGINT | libc::SIGHUP | libc::SIGQUIT)
+        )
+    }
 }
 
 /// The engine could not be started at all.
@@ -123,14 +142,19 @@ impl EngineProcess {
         }
     }
 
-    /// Waits for the process to end, and says how it did. Ended already, it answers at once.
-    pub async fn wait(&mut self) -> String {
-        match self.child.wait().await {
+    /// Waits for the process to end. Ended already, it answers at once.
+    pub async fn wait(&mut self) -> EngineEnd {
+        let status = self.child.wait().await;
+        let description = match &status {
             Ok(status) if status.code() == Some(LIBRARIES_MISSING) => {
                 "the engine's libraries could not be loaded (LibTorch moved, removed or of another version): run scripts/setup.sh".into()
             }
             Ok(status) => status.to_string(),
             Err(error) => format!("unknown end: {error}"),
+        };
+        EngineEnd {
+            description,
+            signal: status.ok().and_then(|status| status.signal()),
         }
     }
 }
@@ -159,11 +183,12 @@ mod tests {
         let mut engine = StandIn::new();
         let (mut process, _socket) = EngineProcess::spawn(&engine.spec()).unwrap();
         engine.exit(127).await;
-        let said = process.wait().await;
-        assert!(said.contains("scripts/setup.sh"), "{said}");
+        let end = process.wait().await;
+        assert!(end.description.contains("scripts/setup.sh"), "{end:?}");
+        assert!(!end.is_by_others());
         let mut engine = StandIn::new();
         let (mut process, _socket) = EngineProcess::spawn(&engine.spec()).unwrap();
         engine.exit(11).await;
-        assert_eq!(process.wait().await, "exit status: 11");
+        assert_eq!(process.wait().await.description, "exit status: 11");
     }
 }

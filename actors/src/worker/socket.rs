@@ -10,7 +10,6 @@ use understudy_engine_core::codec::{CodecError, FrameDecoder};
 use understudy_engine_core::frame::EngineEvent;
 
 use super::WorkerMsg;
-use crate::peer::LossCause;
 
 /// Engine frames that may wait in the worker's mailbox; the engine's socket fills up behind them.
 const MAX_FRAMES_IN_MAILBOX: usize = 1024;
@@ -20,12 +19,12 @@ const READ_BYTES: usize = 64 * 1024;
 
 /// Reads the engine's socket until it ends, and says how it did.
 pub async fn read_events(socket: OwnedReadHalf, worker: ActorRef<WorkerMsg>) {
-    let (cause, detail) = match pass_on_events(socket, &worker).await {
-        Ok(()) => (LossCause::EngineExit, String::new()),
-        Err(error) => (LossCause::EngineProtocol, error.to_string()),
+    let end = match pass_on_events(socket, &worker).await {
+        Ok(()) => WorkerMsg::EngineClosed,
+        Err(error) => WorkerMsg::EngineGarbled(error.to_string()),
     };
     // A worker that is gone needs no news of its engine.
-    worker.cast(WorkerMsg::EngineGone(cause, detail)).ok();
+    worker.cast(end).ok();
 }
 
 /// Returns when the socket closes, or the worker is gone.

@@ -155,8 +155,7 @@ async fn losses_are_reported_with_their_cause_after_the_supervisor_knows() {
         unreachable!()
     };
     assert_eq!(*cause, LossCause::EngineExit);
-    // How the process ended is not waited for: the streams are.
-    assert_eq!(detail, "the engine's socket closed");
+    assert_eq!(detail, "exit status: 1");
     assert_eq!(stage.network.sent(), []);
     drop(told);
     let expected = lost(attempts, LossCause::EngineExit);
@@ -263,6 +262,36 @@ async fn a_stopped_worker_asks_its_engine_to_end_and_buries_it() {
     assert_eq!(queue.try_recv().unwrap(), shutdown);
     let attempts = vec![start(1, 1).attempt];
     assert_eq!(network.sent(), [lost(attempts, LossCause::Stopped)]);
+    assert!(is_buried(&state.engine));
+}
+
+#[tokio::test]
+async fn a_kill_from_outside_is_told_from_an_end_of_its_own() {
+    let (network, engine) = (FakeNetwork::new(), StandIn::new());
+    let (mut state, _queue) = state(&network, &engine).await;
+    let attempts = vec![start(1, 1).attempt];
+    state.in_flight.insert(attempts[0], network.peer());
+    let group = nix::unistd::Pid::from_raw(state.engine.pid() as i32);
+    nix::sys::signal::killpg(group, nix::sys::signal::Signal::SIGKILL).unwrap();
+    let knows = state.ooms.is_quiet();
+    let said = state.engine_closed().await.to_string();
+    assert!(said.contains("signal: 9"), "{said}");
+    let cause = match knows {
+        true => LossCause::EngineKilled,
+        false => LossCause::EngineExit,
+    };
+    assert_eq!(network.sent(), [lost(attempts, cause)]);
+    assert!(is_buried(&state.engine));
+}
+
+#[tokio::test]
+async fn an_engine_that_closes_its_socket_and_lives_on_is_killed_and_at_fault() {
+    let (network, engine) = (FakeNetwork::new(), StandIn::new());
+    let (mut state, _queue) = state(&network, &engine).await;
+    let attempts = vec![start(1, 1).attempt];
+    state.in_flight.insert(attempts[0], network.peer());
+    state.engine_closed().await;
+    assert_eq!(network.sent(), [lost(attempts, LossCause::EngineExit)]);
     assert!(is_buried(&state.engine));
 }
 

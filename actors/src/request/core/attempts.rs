@@ -226,14 +226,19 @@ impl Attempts {
     }
 }
 
-/// Whether the loss is evidence that the request kills engines. A node that is gone, or a message that was lost, is none.
+/// Whether the loss is evidence that the request kills engines. A node that is gone, a kill from outside, or a message that
+/// was lost, is none.
 pub(super) fn is_death(cause: LossCause) -> bool {
     match cause {
         LossCause::EngineExit
         | LossCause::EngineSilent
         | LossCause::EngineHang
         | LossCause::EngineProtocol => true,
-        LossCause::NodeDown | LossCause::Stopped | LossCause::Gap | LossCause::Mismatch => false,
+        LossCause::EngineKilled
+        | LossCause::NodeDown
+        | LossCause::Stopped
+        | LossCause::Gap
+        | LossCause::Mismatch => false,
     }
 }
 

@@ -13,8 +13,13 @@ fn a_request_that_kills_engines_is_ended_for_good() {
     };
     let mut core = core_with(&[], settings);
     core.attach(1, 0, 100).unwrap();
-    // Nodes that leave, and messages that are lost, are no evidence.
-    for cause in [LossCause::NodeDown, LossCause::Stopped, LossCause::Gap] {
+    // Engines that somebody kills, nodes that leave, and messages that are lost, are no evidence.
+    for cause in [
+        LossCause::EngineKilled,
+        LossCause::NodeDown,
+        LossCause::Stopped,
+        LossCause::Gap,
+    ] {
         for _ in 0..5 {
             assert!(terminals(&core.lost(core.epoch(), cause, now)).is_empty());
         }
