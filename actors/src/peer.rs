@@ -40,8 +40,8 @@ pub struct ReplicaRef {
 pub enum LossCause {
     /// The engine process ended by itself, or by the system for want of memory.
     EngineExit,
-    /// Somebody killed the engine process. What it worked on is not to blame.
-    EngineKilled,
+    /// The engine process ended, and not for the attempt's sake: somebody killed it, or it was computing something else.
+    EngineGone,
     /// The engine's heartbeat stopped.
     EngineSilent,
     /// The heartbeat went on, but no step finished.
@@ -63,7 +63,7 @@ impl LossCause {
     pub fn as_str(self) -> &'static str {
         match self {
             Self::EngineExit => "engine_exit",
-            Self::EngineKilled => "engine_killed",
+            Self::EngineGone => "engine_gone",
             Self::EngineSilent => "engine_silent",
             Self::EngineHang => "engine_hang",
             Self::EngineProtocol => "engine_protocol",

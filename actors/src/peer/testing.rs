@@ -115,6 +115,7 @@ pub(crate) fn start(request: u128, epoch: u32) -> StartAttempt {
         prompt: vec![1, 2, 3],
         committed: Vec::new(),
         expect_logprobs: Vec::new(),
+        suspect: false,
         sampling: SamplingParams::default(),
     }
 }

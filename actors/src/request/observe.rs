@@ -94,7 +94,7 @@ fn request_summary(request: &RequestCore, summary: &Summary) -> RequestSummary {
 
 fn recovery_cause(cause: LossCause) -> RecoveryCause {
     match cause {
-        LossCause::EngineExit | LossCause::EngineKilled => RecoveryCause::EngineExit,
+        LossCause::EngineExit | LossCause::EngineGone => RecoveryCause::EngineExit,
         LossCause::EngineSilent | LossCause::EngineHang => RecoveryCause::EngineHang,
         LossCause::EngineProtocol => RecoveryCause::EngineError,
         LossCause::NodeDown => RecoveryCause::NodeLost,

@@ -41,7 +41,7 @@ impl WorkerState {
         self.engine.kill();
         let (cause, detail) = match end {
             Ok(end) if end.is_by_others() && self.ooms.is_quiet() => {
-                (LossCause::EngineKilled, end.description)
+                (LossCause::EngineGone, end.description)
             }
             Ok(end) => (LossCause::EngineExit, end.description),
             Err(_) => (
@@ -95,7 +95,15 @@ impl WorkerState {
     }
 
     fn report_lost(&mut self, cause: LossCause) {
-        for (gateway, attempts) in self.in_flight.take() {
+        let (computed, beside) = self.in_flight.take();
+        let computed = computed.into_iter().map(|left| (left, cause));
+        // Their requests are not to blame, whatever it was.
+        let cause = match cause {
+            LossCause::Stopped | LossCause::Mismatch => cause,
+            _ => LossCause::EngineGone,
+        };
+        let beside = beside.into_iter().map(|left| (left, cause));
+        for ((gateway, attempts), cause) in computed.chain(beside) {
             let message = PeerMessage::Lost { attempts, cause };
             self.args.links.tell(&gateway, message);
         }

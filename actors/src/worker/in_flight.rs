@@ -1,6 +1,6 @@
 //! The attempts that are in the engine, and whose they are. Pure.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 
 use understudy_cluster::PeerId;
 use understudy_engine_core::frame::{AttemptId, StepToken};
@@ -9,7 +9,14 @@ use understudy_engine_core::frame::{AttemptId, StepToken};
 #[derive(Debug, Default)]
 pub struct InFlight {
     owners: HashMap<AttemptId, PeerId>,
+    /// Those that the engine computes in steps of their own, until their first token.
+    suspects: HashSet<AttemptId>,
+    /// The suspect whose step has begun.
+    alone: Option<AttemptId>,
 }
+
+/// Attempts that an engine left behind, by gateway.
+pub type Left = BTreeMap<PeerId, Vec<AttemptId>>;
 
 impl InFlight {
     pub fn len(&self) -> usize {
@@ -17,18 +24,22 @@ impl InFlight {
     }
 
     /// An attempt goes to the engine, in place of the earlier attempts at the same request that it returns.
-    pub fn insert(&mut self, attempt: AttemptId, gateway: PeerId) -> Vec<AttemptId> {
+    pub fn insert(&mut self, attempt: AttemptId, suspect: bool, gateway: PeerId) -> Vec<AttemptId> {
         let earlier =
             |known: &AttemptId| known.request == attempt.request && known.epoch < attempt.epoch;
         let displaced: Vec<AttemptId> = self.owners.keys().copied().filter(earlier).collect();
         displaced.iter().for_each(|known| {
-            self.owners.remove(known);
+            self.remove(*known);
         });
         self.owners.insert(attempt, gateway);
+        if suspect {
+            self.suspects.insert(attempt);
+        }
         displaced
     }
 
     pub fn remove(&mut self, attempt: AttemptId) -> Option<PeerId> {
+        self.suspects.remove(&attempt);
         self.owners.remove(&attempt)
     }
 
@@ -37,12 +48,19 @@ impl InFlight {
         theirs.map(|(attempt, _)| *attempt).collect()
     }
 
-    /// Each gateway's part of a step. Tokens of attempts that are not here (any more) are dropped; attempts whose last
+    /// A step begins that computes this attempt and no other.
+    pub fn begins_alone(&mut self, attempt: AttemptId) {
+        self.alone = Some(attempt);
+    }
+
+    /// Each gateway's part of a step that is done. Tokens of attempts that are not here (any more) are dropped; attempts whose last
     /// token this is are here no more.
     pub fn split(&mut self, tokens: Vec<StepToken>) -> Vec<(PeerId, Vec<StepToken>)> {
         let mut parts: Vec<(PeerId, Vec<StepToken>)> = Vec::new();
+        self.alone = None;
         for token in tokens {
             let attempt = token.attempt;
+            self.suspects.remove(&attempt);
             let Some(gateway) = self.owners.get(&attempt).cloned() else {
                 continue;
             };
@@ -57,14 +75,25 @@ impl InFlight {
         parts
     }
 
-    /// Takes everything out, in order.
-    pub fn take(&mut self) -> BTreeMap<PeerId, Vec<AttemptId>> {
-        let mut by_gateway: BTreeMap<PeerId, Vec<AttemptId>> = BTreeMap::new();
+    /// Takes everything out, in order: first what the engine may have been computing, then what it certainly was not.
+    pub fn take(&mut self) -> (Left, Left) {
+        let (mut computed, mut beside) = (Left::new(), Left::new());
+        let (alone, suspects) = (self.alone.take(), std::mem::take(&mut self.suspects));
         for (attempt, gateway) in self.owners.drain() {
-            by_gateway.entry(gateway).or_default().push(attempt);
+            let is_computed = match alone {
+                Some(alone) => attempt == alone,
+                None => !suspects.contains(&attempt),
+            };
+            let part = match is_computed {
+                true => &mut computed,
+                false => &mut beside,
+            };
+            part.entry(gateway).or_default().push(attempt);
         }
-        by_gateway.values_mut().for_each(|all| all.sort_unstable());
-        by_gateway
+        for attempts in computed.values_mut().chain(beside.values_mut()) {
+            attempts.sort_unstable();
+        }
+        (computed, beside)
     }
 }
 
@@ -87,7 +116,7 @@ mod tests {
     fn filled(attempts: &[(u128, u32, &str)]) -> InFlight {
         let mut in_flight = InFlight::default();
         for &(request, epoch, gateway) in attempts {
-            in_flight.insert(attempt(request, epoch), peer(gateway));
+            in_flight.insert(attempt(request, epoch), false, peer(gateway));
         }
         in_flight
     }
@@ -98,10 +127,43 @@ mod tests {
         let left = vec![attempt(1, 2), attempt(2, 4), attempt(2, 5)];
         assert_eq!(
             in_flight.take(),
-            BTreeMap::from([(peer("a"), left)]),
+            (Left::from([(peer("a"), left)]), Left::new()),
             "a late command of an earlier attempt ends no later one"
         );
         assert_eq!(in_flight.len(), 0);
+    }
+
+    #[test]
+    fn a_death_is_laid_at_the_door_of_what_was_computed() {
+        let left = |all: &[(&str, u128)]| {
+            let mut left = Left::new();
+            for &(gateway, request) in all {
+                let of_gateway = left.entry(peer(gateway)).or_default();
+                of_gateway.push(attempt(request, 1));
+            }
+            left
+        };
+        let filled = || {
+            let mut in_flight = filled(&[(1, 1, "a"), (2, 1, "b")]);
+            in_flight.insert(attempt(3, 1), true, peer("a"));
+            in_flight.insert(attempt(4, 1), true, peer("a"));
+            in_flight
+        };
+        // Suspects have no part in the others' steps.
+        let mut in_flight = filled();
+        let (others, suspects) = (left(&[("a", 1), ("b", 2)]), left(&[("a", 3), ("a", 4)]));
+        assert_eq!(in_flight.take(), (others.clone(), suspects));
+        // One of them alone.
+        let mut in_flight = filled();
+        in_flight.begins_alone(attempt(4, 1));
+        let rest = left(&[("a", 1), ("a", 3), ("b", 2)]);
+        assert_eq!(in_flight.take(), (left(&[("a", 4)]), rest));
+        // Its step is over, and its token clears it.
+        let mut in_flight = filled();
+        in_flight.begins_alone(attempt(4, 1));
+        in_flight.split(vec![token(attempt(4, 1), 0)]);
+        let others = left(&[("a", 1), ("a", 4), ("b", 2)]);
+        assert_eq!(in_flight.take(), (others, left(&[("a", 3)])));
     }
 
     #[test]

@@ -175,7 +175,7 @@ impl WorkerState {
             return Ok(());
         }
         let (gateway, start) = offer.take();
-        let attempt = start.attempt;
+        let (attempt, suspect) = (start.attempt, start.suspect);
         let frame = match codec::encode(&EngineCommand::Start(start)) {
             Ok(frame) => frame,
             Err(error) => {
@@ -185,7 +185,7 @@ impl WorkerState {
             }
         };
         // An earlier attempt at the same request would end as this one takes its place, but not if this one is refused.
-        for attempt in self.in_flight.insert(attempt, gateway) {
+        for attempt in self.in_flight.insert(attempt, suspect, gateway) {
             let cancel = codec::encode(&EngineCommand::Cancel { attempt })?;
             self.queue(cancel).await?;
         }
@@ -226,6 +226,7 @@ impl WorkerState {
                 tracing::debug!(worker = %self.args.name, progress, "engine loads")
             }
             EngineEvent::Ready(info) => return self.engine_ready(info).await,
+            EngineEvent::Alone { attempt } => self.in_flight.begins_alone(attempt),
             EngineEvent::Step {
                 step,
                 prompt_tokens,

@@ -255,7 +255,9 @@ fn is_buried(engine: &EngineProcess) -> bool {
 async fn a_stopped_worker_asks_its_engine_to_end_and_buries_it() {
     let (network, engine) = (FakeNetwork::new(), StandIn::new());
     let (mut state, mut queue) = state(&network, &engine).await;
-    state.in_flight.insert(start(1, 1).attempt, network.peer());
+    state
+        .in_flight
+        .insert(start(1, 1).attempt, false, network.peer());
     assert!(!is_buried(&state.engine));
     state.stop().await;
     let shutdown = codec::encode(&EngineCommand::Shutdown).unwrap();
@@ -270,14 +272,14 @@ async fn a_kill_from_outside_is_told_from_an_end_of_its_own() {
     let (network, engine) = (FakeNetwork::new(), StandIn::new());
     let (mut state, _queue) = state(&network, &engine).await;
     let attempts = vec![start(1, 1).attempt];
-    state.in_flight.insert(attempts[0], network.peer());
+    state.in_flight.insert(attempts[0], false, network.peer());
     let group = nix::unistd::Pid::from_raw(state.engine.pid() as i32);
     nix::sys::signal::killpg(group, nix::sys::signal::Signal::SIGKILL).unwrap();
     let knows = state.ooms.is_quiet();
     let said = state.engine_closed().await.to_string();
     assert!(said.contains("signal: 9"), "{said}");
     let cause = match knows {
-        true => LossCause::EngineKilled,
+        true => LossCause::EngineGone,
         false => LossCause::EngineExit,
     };
     assert_eq!(network.sent(), [lost(attempts, cause)]);
@@ -285,11 +287,30 @@ async fn a_kill_from_outside_is_told_from_an_end_of_its_own() {
 }
 
 #[tokio::test]
+async fn what_an_engine_computed_alone_is_what_it_died_of() {
+    let mut stage = Stage::ready().await;
+    let beside = stage.dispatch(1, 1).await;
+    let attempt = start(2, 1).attempt;
+    stage.offer(StartAttempt {
+        suspect: true,
+        ..start(2, 1)
+    });
+    stage.hears_in_flight(2).await;
+    stage.engine.say(&EngineEvent::Alone { attempt });
+    stage.engine.exit(1).await;
+    let expected = [
+        lost(vec![attempt], LossCause::EngineExit),
+        lost(vec![beside], LossCause::EngineGone),
+    ];
+    assert_eq!(stage.gateway_hears(2).await, expected);
+}
+
+#[tokio::test]
 async fn an_engine_that_closes_its_socket_and_lives_on_is_killed_and_at_fault() {
     let (network, engine) = (FakeNetwork::new(), StandIn::new());
     let (mut state, _queue) = state(&network, &engine).await;
     let attempts = vec![start(1, 1).attempt];
-    state.in_flight.insert(attempts[0], network.peer());
+    state.in_flight.insert(attempts[0], false, network.peer());
     state.engine_closed().await;
     assert_eq!(network.sent(), [lost(attempts, LossCause::EngineExit)]);
     assert!(is_buried(&state.engine));

@@ -274,6 +274,7 @@ mod tests {
                 prompt: (0..5000).collect(),
                 committed: vec![1, 2, u32::MAX],
                 expect_logprobs: vec![-0.5, f32::MIN_POSITIVE],
+                suspect: false,
                 sampling: SamplingParams {
                     seed: u64::MAX,
                     stop_token_ids: vec![9],
@@ -407,6 +408,7 @@ mod tests {
             prompt: vec![u32::MAX; 4_000_000],
             committed: vec![],
             expect_logprobs: vec![],
+            suspect: false,
             sampling: SamplingParams::default(),
         });
         let mut out = vec![1, 2, 3];

@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 use crate::replay::NOT_COMPUTED_BITS;
 
 /// Raised by one whenever a message changes incompatibly.
-pub const ENGINE_PROTOCOL: u32 = 1;
+pub const ENGINE_PROTOCOL: u32 = 2;
 
 /// The largest frame either side sends or accepts, in bytes: a prompt of 1 M tokens fits, a garbage length does not.
 pub const MAX_FRAME_BYTES: usize = 16 * 1024 * 1024;
@@ -105,6 +105,10 @@ pub struct StartAttempt {
     /// Logprobs of the last few committed tokens. The engine recomputes them during the replay and answers
     /// [`AttemptError::ReplayMismatch`] if they differ by more than its numerics may ([`crate::replay`]).
     pub expect_logprobs: Vec<f32>,
+    /// Engines died on the request: until its first new token it is computed alone, each step announced by
+    /// [`EngineEvent::Alone`], so that another death shows whose it is.
+    #[serde(default)]
+    pub suspect: bool,
     pub sampling: SamplingParams,
 }
 
@@ -241,6 +245,10 @@ pub enum EngineEvent {
         progress: f32,
     },
     Ready(EngineInfo),
+    /// The step that begins now computes this attempt and no other.
+    Alone {
+        attempt: AttemptId,
+    },
     /// One step is done. Sent for every step, also for those that run prompts only.
     Step {
         step: u64,

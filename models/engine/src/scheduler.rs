@@ -1,7 +1,8 @@
 //! Continuous batching: which tokens of which sequences the next step computes, and what comes out of it.
 //!
 //! Every step takes one token of each decoding sequence first, then fills its token budget with chunks of prompts and
-//! replays, oldest first. A sequence keeps its slot until it ends. No clock, no thread, no I/O: commands in, chunks to
+//! replays, oldest first. What engines died on is computed in steps of its own, every second one at most, until its first
+//! token. A sequence keeps its slot until it ends. No clock, no thread, no I/O: commands in, chunks to
 //! the [`ModelRunner`], tokens out.
 //!
 //! Invariant: scheduling decides *when* a token is computed, never *which* token it is.
@@ -83,6 +84,8 @@ pub struct Scheduler {
     sampler: Sampler,
     logits: Vec<f32>,
     totals: Totals,
+    /// The suspect that the latest plan is for.
+    alone: Option<AttemptId>,
 }
 
 impl Scheduler {
@@ -109,6 +112,7 @@ impl Scheduler {
             sampler: Sampler::new(),
             logits: Vec::new(),
             totals: Totals::default(),
+            alone: None,
         }
     }
 
@@ -179,10 +183,40 @@ impl Scheduler {
     /// # Errors
     /// [`StepError`]: the runner failed, and no attempt can go on.
     pub fn step(&mut self, runner: &mut dyn ModelRunner) -> Result<Option<StepOutcome>, StepError> {
+        self.plan();
+        self.run(runner)
+    }
+
+    /// Fixes what the next [`Scheduler::run`] computes. Returns the attempt that it computes alone, if it is a suspect.
+    pub fn plan(&mut self) -> Option<AttemptId> {
+        let suspect = self
+            .running
+            .iter()
+            .find(|running| running.sequence.is_suspect())
+            .map(|running| running.sequence.attempt());
+        // The others wait for every second step at most; without others, suspects take turns in order of admission.
+        let others = self
+            .running
+            .iter()
+            .any(|running| !running.sequence.is_suspect());
+        self.alone = suspect.filter(|_| self.alone.is_none() || !others);
+        let alone = self.alone;
+        self.plan_for(|sequence| match alone {
+            Some(attempt) => sequence.attempt() == attempt,
+            None => !sequence.is_suspect(),
+        });
+        alone
+    }
+
+    /// Runs the planned step, or nothing (`None`) if there is no work.
+    ///
+    /// # Errors
+    /// [`StepError`]: the runner failed, and no attempt can go on.
+    pub fn run(&mut self, runner: &mut dyn ModelRunner) -> Result<Option<StepOutcome>, StepError> {
         for slot in self.released.drain(..) {
             runner.release(slot);
         }
-        if !self.plan() {
+        if self.running.iter().all(|running| running.span.is_none()) {
             return Ok(None);
         }
         self.execute(runner)?;
@@ -250,8 +284,11 @@ impl Scheduler {
         self.free.push(running.slot);
     }
 
-    /// Fixes the span of every sequence for this step. Returns whether there is any.
-    fn plan(&mut self) -> bool {
+    /// Fixes the spans of the sequences that take part in this step.
+    fn plan_for(&mut self, takes_part: impl Fn(&Sequence) -> bool) {
+        for running in &mut self.running {
+            running.span = None;
+        }
         let mut tokens = self.options.step_tokens;
         let mut rows = self.slots + REPLAY_ROWS_PER_STEP;
         for decoding in [true, false] {
@@ -259,6 +296,7 @@ impl Scheduler {
                 .running
                 .iter_mut()
                 .filter(|running| running.sequence.is_decoding() == decoding)
+                .filter(|running| takes_part(&running.sequence))
             {
                 running.span = running.sequence.next_span(tokens, rows);
                 if let Some(span) = running.span {
@@ -267,7 +305,6 @@ impl Scheduler {
                 }
             }
         }
-        self.running.iter().any(|running| running.span.is_some())
     }
 
     fn execute(&mut self, runner: &mut dyn ModelRunner) -> Result<(), StepError> {

@@ -52,6 +52,8 @@ pub struct Sequence {
     computed: usize,
     /// Logprobs of the last committed tokens, to be found again.
     expect_logprobs: Vec<f32>,
+    /// Whether engines died on it, and this one has not given it a token yet.
+    suspect: bool,
     replay: ReplayCheck,
     /// How many of them were found again only approximately, since [`Self::take_close`].
     close: u64,
@@ -77,6 +79,7 @@ impl Sequence {
             prompt,
             committed,
             expect_logprobs,
+            suspect,
             sampling,
         } = start;
         let mut ending_ids = limits.eos_token_ids.clone();
@@ -90,6 +93,7 @@ impl Sequence {
             forced_len: tokens.len(),
             computed: 0,
             expect_logprobs,
+            suspect,
             replay: limits.replay,
             close: 0,
             history: None,
@@ -126,6 +130,12 @@ impl Sequence {
     #[must_use]
     pub fn attempt(&self) -> AttemptId {
         self.attempt
+    }
+
+    /// Whether it may be what engines died of, and must be computed alone.
+    #[must_use]
+    pub fn is_suspect(&self) -> bool {
+        self.suspect
     }
 
     /// Positions that the cache holds.
@@ -256,6 +266,7 @@ impl Sequence {
             SampleError::NothingLeft => AttemptError::Invalid(error.to_string()),
         })?;
         self.tokens.push(token.id);
+        self.suspect = false;
         if let Some(history) = &mut self.history {
             history.push(token.id);
         }

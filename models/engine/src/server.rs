@@ -167,8 +167,12 @@ fn run(
         }
         link.publish(&scheduler, steps);
         let begins = Instant::now();
+        if let Some(attempt) = scheduler.plan() {
+            link.send(&EngineEvent::Alone { attempt })
+                .map_err(send_failed)?;
+        }
         let outcome = scheduler
-            .step(&mut **runner)
+            .run(&mut **runner)
             .map_err(|error| (ExitStatus::StepFailed, error.to_string()))?;
         if let Some(mut outcome) = outcome {
             steps += 1;

@@ -156,6 +156,7 @@ fn attempt(request: u128, max_tokens: u32) -> StartAttempt {
         prompt: vec![1, 2, 3],
         committed: vec![],
         expect_logprobs: vec![],
+        suspect: false,
         sampling: SamplingParams {
             max_tokens,
             ..SamplingParams::default()

@@ -137,6 +137,7 @@ fn start(
         prompt: prompt.to_vec(),
         committed: committed.iter().map(|token| token.id).collect(),
         expect_logprobs: committed.iter().map(|token| token.logprob).collect(),
+        suspect: false,
         sampling: SamplingParams {
             max_tokens,
             ignore_eos: true,

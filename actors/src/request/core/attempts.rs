@@ -19,9 +19,9 @@ const CHECKED_LOGPROBS: usize = 4;
 const FULL_RETRY_INITIAL: Duration = Duration::from_millis(10);
 const FULL_RETRY_MAX: Duration = Duration::from_millis(500);
 
-/// Unit of the pause before an attempt of a request that may be what kills engines, and how many units it may be.
-const SUSPECT_PAUSE: Duration = Duration::from_millis(50);
-const SUSPECT_PAUSES: u32 = 16;
+/// From so many deaths without a new token on, a request is a suspect: engines compute it alone, so that the next death
+/// is its own doing, or none of its business.
+const SUSPECT_AFTER: u32 = 2;
 
 /// See the module. What it counts starts over with every committed token.
 #[derive(Debug)]
@@ -112,6 +112,7 @@ impl Attempts {
             prompt: admission.prompt.clone(),
             committed: log.ids(),
             expect_logprobs: log.last_logprobs(CHECKED_LOGPROBS),
+            suspect: self.deaths >= SUSPECT_AFTER,
             sampling: engine_sampling(&admission.sampling),
         };
         Effect::Route {
@@ -123,15 +124,11 @@ impl Attempts {
         }
     }
 
-    /// The current attempt was lost: the pause before the next one.
+    /// The current attempt was lost.
     ///
     /// # Errors
     /// What to tell the client, if there is to be no next one.
-    pub(super) fn after_loss(
-        &mut self,
-        cause: LossCause,
-        admission: &Admission,
-    ) -> Result<Duration, ErrorBody> {
+    pub(super) fn after_loss(&mut self, cause: LossCause) -> Result<(), ErrorBody> {
         if is_death(cause) {
             self.deaths += 1;
             if self.are_deadly() {
@@ -145,7 +142,7 @@ impl Attempts {
         // A loss means that some replica had taken the attempt: the patience with refusals starts over.
         self.refused_since = None;
         self.full_retries = 0;
-        Ok(self.pause_of_a_suspect(admission))
+        Ok(())
     }
 
     /// Whether as many engines died on the request as may.
@@ -191,16 +188,6 @@ impl Attempts {
         self.rejection = Some(error);
     }
 
-    /// A request on which engines died twice without a new token may be what kills them. From then on it waits a while, of
-    /// its own length, before each attempt: whoever only happened to be beside it gets ahead of it.
-    fn pause_of_a_suspect(&self, admission: &Admission) -> Duration {
-        if self.deaths < 2 {
-            return Duration::ZERO;
-        }
-        let own = (admission.request.0 as u32).wrapping_mul(self.epoch.wrapping_add(1));
-        SUSPECT_PAUSE * (1 + own % SUSPECT_PAUSES)
-    }
-
     fn poisonous(&self) -> ErrorBody {
         let message = format!(
             "{} engines died on this request without a new token in between, so it is taken to be the cause and not tried again; its tokens stay readable. \
@@ -226,15 +213,15 @@ impl Attempts {
     }
 }
 
-/// Whether the loss is evidence that the request kills engines. A node that is gone, a kill from outside, or a message that
-/// was lost, is none.
+/// Whether the loss is evidence that the request kills engines. An engine that died of something else, a node that is gone,
+/// or a message that was lost, is none.
 pub(super) fn is_death(cause: LossCause) -> bool {
     match cause {
         LossCause::EngineExit
         | LossCause::EngineSilent
         | LossCause::EngineHang
         | LossCause::EngineProtocol => true,
-        LossCause::EngineKilled
+        LossCause::EngineGone
         | LossCause::NodeDown
         | LossCause::Stopped
         | LossCause::Gap

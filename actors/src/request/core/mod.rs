@@ -352,11 +352,11 @@ impl RequestCore {
     /// The current attempt is gone: the next one, or the end of patience.
     fn lose(&mut self, cause: LossCause, now: Instant) -> Vec<Effect> {
         self.timeline.lost(cause, self.stage, now);
-        match self.attempts.after_loss(cause, &self.admission) {
-            Ok(pause) => {
+        match self.attempts.after_loss(cause) {
+            Ok(()) => {
                 self.stage = Stage::Recovering;
                 let replayed = Observation::Replayed(u64::from(self.committed()));
-                vec![Effect::Observe(replayed), self.next_attempt(pause)]
+                vec![Effect::Observe(replayed), self.next_attempt(Duration::ZERO)]
             }
             Err(error) => {
                 let mut effects = Vec::new();

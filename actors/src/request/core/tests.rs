@@ -303,20 +303,26 @@ fn progress_starts_the_count_of_attempts_over() {
 }
 
 #[test]
-fn a_request_on_which_engines_die_steps_aside() {
+fn a_request_on_which_engines_die_is_computed_alone() {
     let now = Instant::now();
-    let mut core = core(&[]);
-    let pause = |effects: &[Effect]| {
+    let settings = Settings {
+        max_attempts: 10,
+        ..SETTINGS
+    };
+    let mut core = core_with(&[], settings);
+    core.attach(1, 0, 100).unwrap();
+    let is_suspect = |effects: &[Effect]| {
         let found = effects.iter().find_map(|e| match e {
-            Effect::Route { after, .. } => Some(*after),
+            Effect::Route { start, .. } => Some(start.suspect),
             _ => None,
         });
         found.expect("a new attempt")
     };
-    assert!(pause(&core.lost(1, LossCause::EngineExit, now)).is_zero());
-    assert!(!pause(&core.lost(2, LossCause::EngineExit, now)).is_zero());
-    core.tokens(vec![token(3, 0, 2)], now);
-    assert!(pause(&core.lost(3, LossCause::EngineExit, now)).is_zero());
+    assert!(!is_suspect(&core.lost(1, LossCause::EngineExit, now)));
+    assert!(is_suspect(&core.lost(2, LossCause::EngineExit, now)));
+    assert!(is_suspect(&core.lost(3, LossCause::EngineGone, now)));
+    core.tokens(vec![token(4, 0, 2)], now);
+    assert!(!is_suspect(&core.lost(4, LossCause::EngineExit, now)));
 }
 
 #[test]

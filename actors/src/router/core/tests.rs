@@ -50,6 +50,7 @@ fn route(request: u128, epoch: u32) -> Route<u32> {
             prompt: vec![1],
             committed: Vec::new(),
             expect_logprobs: Vec::new(),
+            suspect: false,
             sampling: SamplingParams::default(),
         },
         fingerprint: None,

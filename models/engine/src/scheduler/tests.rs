@@ -111,6 +111,7 @@ fn start(request: u128, prompt: &[u32], sampling: &SamplingParams) -> StartAttem
         prompt: prompt.to_vec(),
         committed: vec![],
         expect_logprobs: vec![],
+        suspect: false,
         sampling: sampling.clone(),
     }
 }

@@ -143,6 +143,7 @@ mod tests {
             prompt: vec![1],
             committed: vec![],
             expect_logprobs: vec![],
+            suspect: false,
             sampling: SamplingParams::default(),
         }
     }

@@ -84,6 +84,7 @@ pub fn run(args: &RunArgs) -> Result<(), Failure> {
         prompt,
         committed: Vec::new(),
         expect_logprobs: Vec::new(),
+        suspect: false,
         sampling: args.sampling(),
     };
     let start_ids = start.prompt.clone();

@@ -167,6 +167,7 @@ impl Room {
                 prompt: self.prompt(item, form)?,
                 committed: Vec::new(),
                 expect_logprobs: Vec::new(),
+                suspect: false,
                 sampling: SamplingParams {
                     max_tokens: MAX_TOKENS,
                     ..SamplingParams::default()

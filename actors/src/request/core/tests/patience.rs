@@ -15,7 +15,7 @@ fn a_request_that_kills_engines_is_ended_for_good() {
     core.attach(1, 0, 100).unwrap();
     // Engines that somebody kills, nodes that leave, and messages that are lost, are no evidence.
     for cause in [
-        LossCause::EngineKilled,
+        LossCause::EngineGone,
         LossCause::NodeDown,
         LossCause::Stopped,
         LossCause::Gap,

@@ -219,3 +219,46 @@ fn a_runner_that_returns_too_little_is_an_error() {
             .contains("47 logits")
     );
 }
+
+#[test]
+fn suspects_are_computed_alone_until_their_first_token_and_hold_nobody_up() {
+    let sampling = SamplingParams {
+        ignore_eos: true,
+        max_tokens: 40,
+        ..SamplingParams::default()
+    };
+    let mut lab = Lab::new(
+        model(),
+        SchedulerOptions {
+            max_waiting: 9,
+            step_tokens: 10,
+        },
+    );
+    lab.start(&start(1, &[1], &sampling));
+    lab.step();
+    for request in [2, 3] {
+        lab.start(&StartAttempt {
+            suspect: true,
+            ..start(request, &[4; 25], &sampling)
+        });
+    }
+    let mut order = Vec::new();
+    for _ in 0..12 {
+        let planned = lab.scheduler.plan();
+        let outcome = lab.scheduler.run(&mut lab.runner).unwrap().unwrap();
+        let chunks = lab.runner.steps.last().unwrap();
+        match planned {
+            Some(_) => assert_eq!(chunks.len(), 1, "{chunks:?}"),
+            None => assert_eq!(outcome.tokens[0].attempt, attempt(1, 1)),
+        }
+        order.push(planned.map_or(1, |attempt| attempt.request));
+    }
+    assert_eq!(order, [2, 1, 2, 1, 2, 1, 3, 1, 3, 1, 3, 1]);
+    assert_eq!(lab.scheduler.plan(), None);
+    let ids = |tokens: &[StepToken]| tokens.iter().map(|t| t.token.id).collect::<Vec<_>>();
+    lab.run();
+    let suspect = start(3, &[4; 25], &sampling);
+    let rest = lab.output(suspect.attempt);
+    let whole = alone(&model(), &suspect);
+    assert_eq!(ids(rest), ids(&whole[whole.len() - rest.len()..]));
+}

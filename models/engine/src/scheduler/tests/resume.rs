@@ -122,6 +122,7 @@ fn a_log_that_is_not_this_models_is_refused() {
     ));
     let unchecked = StartAttempt {
         expect_logprobs: vec![],
+        suspect: false,
         ..good
     };
     assert_eq!(run(&unchecked, 1), None, "nothing to compare with");
