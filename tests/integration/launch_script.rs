@@ -2,7 +2,6 @@
 
 use std::fs;
 use std::io::{BufRead as _, BufReader};
-use std::net::TcpListener;
 use std::os::unix::fs::PermissionsExt as _;
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
@@ -12,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
+use understudy_tests::ports;
 use understudy_tests::programs::{self, Engine};
 
 /// The first launch may have to build everything.
@@ -33,19 +33,16 @@ impl Site {
         let root =
             std::env::temp_dir().join(format!("understudy-script-{}-{name}", std::process::id()));
         fs::create_dir_all(&root).expect("a temporary folder");
-        let held: Vec<TcpListener> = (0..3)
-            .map(|_| TcpListener::bind("127.0.0.1:0").expect("a port"))
-            .collect();
-        let port = |at: usize| held[at].local_addr().expect("bound").port();
+        let [a, client, b] = ports::free();
         let model = programs::repository().join("models/demo");
         let text = format!(
             "[cluster]\nname = \"script-{name}\"\nrun_dir = \"run\"\n\
              [[node]]\nname = \"a\"\ncluster_port = {}\nclient_port = {}\ndevices = [\"cpu\"]\n\
              [[node]]\nname = \"b\"\ncluster_port = {}\nroles = [\"host\"]\ndevices = [\"cpu\"]\n\
              [[model]]\nname = \"demo\"\npath = \"{}\"\nreplicas = 2\n",
-            port(0),
-            port(1),
-            port(2),
+            a,
+            client,
+            b,
             model.display()
         );
         fs::write(root.join("c.toml"), text).expect("written");

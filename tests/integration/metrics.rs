@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use understudy_tests::wait::until;
-use understudy_tests::{Engine, TestClusterBuilder, scrape};
+use understudy_tests::{Engine, TestClusterBuilder, ports, scrape};
 
 use super::requests::run_all;
 
@@ -181,10 +181,7 @@ async fn a_real_prometheus_scrapes_every_node() {
         "global: {{scrape_interval: 1s}}\nscrape_configs:\n  - job_name: understudy\n    static_configs: [{{targets: ['{a}', '{b}']}}]\n"
     );
     std::fs::write(&config, yaml).expect("a configuration");
-    let port = std::net::TcpListener::bind("127.0.0.1:0")
-        .and_then(|l| l.local_addr())
-        .expect("a port")
-        .port();
+    let [port]: [u16; 1] = ports::free();
     let server = Command::new("prometheus")
         .arg(format!("--config.file={}", config.display()))
         .arg(format!(

@@ -2,7 +2,6 @@
 
 use std::fmt::Write as _;
 use std::fs::File;
-use std::net::{SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -14,6 +13,7 @@ use nix::unistd::Pid;
 use understudy_client::{Client, ClusterStatus, Options};
 use understudy_protocol::message::{ReplicaStatus, WorkerStatus};
 
+use crate::ports;
 use crate::programs::{self, Engine};
 use crate::wait::until;
 
@@ -111,7 +111,7 @@ impl TestClusterBuilder {
         let engine = programs::engine(self.engine)?;
         let turn = Turn::take();
         let directory = fresh_directory();
-        let ports: Vec<[u16; 3]> = self.nodes.iter().map(|_| free_ports()).collect();
+        let ports: Vec<[u16; 3]> = self.nodes.iter().map(|_| ports::free()).collect();
         let config = directory.join("cluster.toml");
         std::fs::write(&config, self.toml(&ports)).expect("the configuration can be written");
         write_cookie(&directory.join("cookie"));
@@ -383,14 +383,6 @@ fn fresh_directory() -> PathBuf {
         std::env::temp_dir().join(format!("understudy-test-{}-{number}", std::process::id()));
     std::fs::create_dir_all(&directory).expect("a directory for the cluster");
     directory
-}
-
-/// Three ports that are free now. They are held together, so that they differ.
-fn free_ports() -> [u16; 3] {
-    let any: SocketAddr = "127.0.0.1:0".parse().expect("an address");
-    let held: [TcpListener; 3] =
-        std::array::from_fn(|_| TcpListener::bind(any).expect("a free port"));
-    held.map(|listener| listener.local_addr().expect("a bound port").port())
 }
 
 fn write_cookie(path: &Path) {

@@ -4,6 +4,7 @@
 
 pub mod cluster;
 pub mod oracle;
+pub mod ports;
 pub mod programs;
 pub mod scrape;
 pub mod wait;
