@@ -17,8 +17,9 @@ use crate::peer::{LossCause, PeerMessage};
 use crate::replica::{ReplicaMsg, WorkerNews};
 
 /// How long the streams of an engine whose socket closed wait for how it ended. The system closes a dying process's files
-/// last: the rest is a matter of microseconds, unless the process closed its socket and lives on.
-const VERDICT: Duration = Duration::from_millis(50);
+/// last: the rest is a matter of microseconds (of some time slices on a busy machine), unless the process closed its socket
+/// and lives on.
+const VERDICT: Duration = Duration::from_millis(250);
 
 /// How long an ending worker waits for its engine's end.
 const BURIAL: Duration = Duration::from_millis(200);
@@ -46,7 +47,10 @@ impl WorkerState {
             Ok(end) => (LossCause::EngineExit, end.description),
             Err(_) => (
                 LossCause::EngineExit,
-                "the engine closed its socket and did not end".to_owned(),
+                format!(
+                    "the engine closed its socket, and was not seen to end within {} ms",
+                    VERDICT.as_millis()
+                ),
             ),
         };
         let detail = self.end_with(cause, detail).await;

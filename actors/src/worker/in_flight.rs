@@ -79,10 +79,13 @@ impl InFlight {
     pub fn take(&mut self) -> (Left, Left) {
         let (mut computed, mut beside) = (Left::new(), Left::new());
         let (alone, suspects) = (self.alone.take(), std::mem::take(&mut self.suspects));
+        // An engine that died between steps, with nothing else in it, died of one of them.
+        let only_suspects = suspects.len() == self.owners.len();
         for (attempt, gateway) in self.owners.drain() {
             let is_computed = match alone {
-                Some(alone) => attempt == alone,
-                None => !suspects.contains(&attempt),
+                // A later attempt at the same request may have come in since.
+                Some(alone) => attempt.request == alone.request,
+                None => only_suspects || !suspects.contains(&attempt),
             };
             let part = match is_computed {
                 true => &mut computed,
@@ -158,6 +161,10 @@ mod tests {
         in_flight.begins_alone(attempt(4, 1));
         let rest = left(&[("a", 1), ("a", 3), ("b", 2)]);
         assert_eq!(in_flight.take(), (left(&[("a", 4)]), rest));
+        // Nobody else was there.
+        let mut in_flight = InFlight::default();
+        in_flight.insert(attempt(3, 1), true, peer("a"));
+        assert_eq!(in_flight.take(), (left(&[("a", 3)]), Left::new()));
         // Its step is over, and its token clears it.
         let mut in_flight = filled();
         in_flight.begins_alone(attempt(4, 1));

@@ -53,7 +53,7 @@ impl EngineSpec {
     }
 }
 
-/// A running engine process. Dropping it kills the process and everything that the process started.
+/// A running engine process. Dropping it kills the process, with everything that it started.
 #[derive(Debug)]
 pub struct EngineProcess {
     child: Child,
@@ -133,7 +133,8 @@ impl EngineProcess {
         self.pid
     }
 
-    /// Kills the process's group. Also ends a stopped process, which would not see a gentler signal.
+    /// Kills the process's group, unless the process has ended and been waited for: its number may be another's by then. Also
+    /// ends a stopped process, which would not see a gentler signal.
     pub fn kill(&mut self) {
         if self.child.id().is_some() {
             let group = nix::unistd::Pid::from_raw(self.pid as i32);

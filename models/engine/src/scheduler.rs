@@ -194,7 +194,7 @@ impl Scheduler {
             .iter()
             .find(|running| running.sequence.is_suspect())
             .map(|running| running.sequence.attempt());
-        // The others wait for every second step at most; without others, suspects take turns in order of admission.
+        // The others get every second step; suspects come one after the other, in order of admission.
         let others = self
             .running
             .iter()

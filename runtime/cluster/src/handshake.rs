@@ -28,7 +28,7 @@ use crate::settings::ClusterSettings;
 
 const MAGIC: [u8; 8] = *b"UNDRSTDY";
 /// Version of everything that nodes say to each other.
-pub(crate) const PROTOCOL_VERSION: u16 = 1;
+pub(crate) const PROTOCOL_VERSION: u16 = 2;
 /// Longest handshake frame.
 const MAX_FRAME_BYTES: usize = 512;
 /// Longest cluster name, in bytes.

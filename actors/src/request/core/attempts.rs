@@ -112,7 +112,7 @@ impl Attempts {
             prompt: admission.prompt.clone(),
             committed: log.ids(),
             expect_logprobs: log.last_logprobs(CHECKED_LOGPROBS),
-            suspect: self.deaths >= SUSPECT_AFTER,
+            suspect: self.deaths >= self.suspect_after(),
             sampling: engine_sampling(&admission.sampling),
         };
         Effect::Route {
@@ -143,6 +143,11 @@ impl Attempts {
         self.refused_since = None;
         self.full_retries = 0;
         Ok(())
+    }
+
+    /// Where only two deaths are allowed, it gets its last attempt alone all the same.
+    fn suspect_after(&self) -> u32 {
+        SUSPECT_AFTER.min(self.settings.max_engine_deaths.saturating_sub(1).max(1))
     }
 
     /// Whether as many engines died on the request as may.

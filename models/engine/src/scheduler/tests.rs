@@ -82,7 +82,13 @@ impl Lab {
 
     /// Returns whether there was work.
     fn step(&mut self) -> bool {
-        let Some(outcome) = self.scheduler.step(&mut self.runner).unwrap() else {
+        self.scheduler.plan();
+        self.run_planned()
+    }
+
+    /// The step that is planned already.
+    fn run_planned(&mut self) -> bool {
+        let Some(outcome) = self.scheduler.run(&mut self.runner).unwrap() else {
             return false;
         };
         for token in outcome.tokens {

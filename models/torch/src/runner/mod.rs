@@ -135,6 +135,10 @@ impl LlamaRunner {
         };
         let hidden = self.model.forward(&ids, &positions, &mut attention);
         if wanted.is_empty() {
+            // A device's faults show when its work is waited for: they must not show in the next step.
+            if let Device::Cuda(index) = device {
+                tch::Cuda::synchronize(index as i64);
+            }
             return;
         }
         let all_wanted = wanted.len() as i64 == hidden.size()[0];

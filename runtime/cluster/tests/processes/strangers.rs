@@ -84,7 +84,7 @@ fn silent_and_garbage_connections_keep_nobody_out() {
 /// What a dialer of another cluster says first.
 fn hello() -> Vec<u8> {
     let mut body = vec![1_u8]; // Hello
-    body.extend(1_u16.to_be_bytes()); // version
+    body.extend(2_u16.to_be_bytes()); // version
     body.extend([0; 8 + 8 + 32]); // incarnation, checksum, nonce
     for text in ["elsewhere", "a"] {
         body.push(text.len() as u8);

@@ -28,7 +28,10 @@ fn a_resumed_attempt_is_the_uninterrupted_one_at_every_cut() {
             for _ in 0..dice.throw(30) {
                 lab.step();
             }
-            let resumed = resumed(&start, &whole, cut, dice.throw(cut + 1));
+            let resumed = StartAttempt {
+                suspect: dice.throw(2) == 0,
+                ..resumed(&start, &whole, cut, dice.throw(cut + 1))
+            };
             lab.start(&resumed);
             lab.run();
             assert_eq!(lab.failed, HashMap::new(), "{sampling:?}, cut at {cut}");
@@ -58,11 +61,11 @@ fn add_neighbours(lab: &mut Lab, dice: &mut Dice) -> Vec<StartAttempt> {
             let prompt: Vec<u32> = (0..1 + dice.throw(60))
                 .map(|_| dice.throw(48) as u32)
                 .collect();
-            start(
-                1000 + index as u128,
-                &prompt,
-                &settings[dice.throw(settings.len())],
-            )
+            let sampling = &settings[dice.throw(settings.len())];
+            StartAttempt {
+                suspect: dice.throw(3) == 0,
+                ..start(1000 + index as u128, &prompt, sampling)
+            }
         })
         .collect();
     for neighbour in &neighbours {
