@@ -1,0 +1,16 @@
+//! A checkpoint on disk: its tensors ([`reader`]), and what the model computes with them ([`spec`], [`families`]).
+//!
+//! Nothing here computes, and nothing here knows LibTorch: executors take a [`spec::ModelSpec`] and a [`reader::Checkpoint`].
+
+pub mod error;
+pub mod families;
+pub mod keys;
+pub mod reader;
+pub mod rope;
+pub mod spec;
+pub mod tensor_error;
+
+pub use error::ConfigError;
+pub use reader::{Checkpoint, CheckpointError, StoredTensor, StoredType};
+pub use spec::ModelSpec;
+pub use tensor_error::TensorError;
