@@ -14,7 +14,7 @@ use ractor::{Actor, ActorProcessingErr, ActorRef, SpawnErr, SupervisionEvent};
 use tokio::net::TcpListener;
 use tokio::sync::{Semaphore, mpsc};
 use understudy_cluster::{Cluster, ClusterEvent};
-use understudy_config::{ClusterConfig, ModelSettings, Placement, Role};
+use understudy_config::{ClusterConfig, KvMemory, ModelSettings, Placement, Role};
 use understudy_journal::Retention;
 use understudy_protocol::handshake::AccessTokens;
 use understudy_protocol::message::Limits;
@@ -339,6 +339,7 @@ fn deployments(
     endpoint: &ActorRef<EndpointMsg>,
 ) -> Vec<DeploymentArgs> {
     let mut by_model: BTreeMap<String, Vec<Placement>> = BTreeMap::new();
+    let engines = placed.len().max(1);
     for place in placed {
         by_model.entry(place.model.clone()).or_default().push(place);
     }
@@ -365,7 +366,12 @@ fn deployments(
             model: Arc::from(model.name.as_str()),
             replicas: places
                 .into_iter()
-                .map(|place| (place.replica, Arc::new(engine_spec(model, &place, engine))))
+                .map(|place| {
+                    (
+                        place.replica,
+                        Arc::new(engine_spec(model, &place, engine, engines)),
+                    )
+                })
                 .collect(),
             limits,
             restart,
@@ -375,8 +381,20 @@ fn deployments(
         .collect()
 }
 
-fn engine_spec(model: &ModelSettings, place: &Placement, engine: &std::path::Path) -> EngineSpec {
+/// `engines` is how many this node has in all: a share of memory is theirs together.
+fn engine_spec(
+    model: &ModelSettings,
+    place: &Placement,
+    engine: &std::path::Path,
+    engines: usize,
+) -> EngineSpec {
+    let kv_memory = match model.kv_memory {
+        KvMemory::Percent(percent) => (f64::from(percent) / 100.0 / engines as f64).to_string(),
+        KvMemory::Bytes(bytes) => format!("{}MiB", bytes >> 20),
+    };
     EngineSpec {
+        quantization: model.quantization.to_string(),
+        kv_memory,
         program: engine.to_owned(),
         model_dir: model.path.clone(),
         dtype: model.dtype.to_string(),

@@ -7,12 +7,13 @@
 use std::path::PathBuf;
 
 use crate::kind::{
-    Kind as _, device, flag, host, list, model_name, name, one_of, optional, path, port,
+    Kind as _, device, flag, host, kv_memory, list, model_name, name, one_of, optional, path, port,
     remote_path, size, ssh_destination, whole,
 };
 use crate::schema::{Section as _, SectionInfo, derived, preset, required, settings};
 use crate::value::{
-    ConfigMismatch, Device, Dtype, Durability, LogFormat, LogLevel, Numerics, Role,
+    ConfigMismatch, Device, Dtype, Durability, KvMemory, LogFormat, LogLevel, Numerics,
+    Quantization, Role,
 };
 
 /// One day; no duration of the file may be longer.
@@ -70,6 +71,10 @@ settings! {
         Cluster replicas: u32 = whole(1..=1024), preset(1);
         /// Type in which weights and activations are held.
         Cluster dtype: Dtype = one_of(), preset(Dtype::Auto);
+        /// Whether weights are rounded to fewer bits when they are loaded; on CPUs with `numerics = "exact"`.
+        Cluster quantization: Quantization = one_of(), preset(Quantization::None);
+        /// Memory for keys and values: a share of what is available once the weights are loaded, split between the engines of a node, or a size for each engine. When it runs out, requests wait or are computed again later; none fails.
+        Local kv_memory: KvMemory = kv_memory(), preset(KvMemory::Percent(50));
         /// Device for every replica, in place of the nodes' `devices`.
         Cluster device: Option<Device> = optional(device()), preset(None);
         /// CPU threads of one engine process. With `numerics = "exact"` results do not depend on it.

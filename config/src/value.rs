@@ -83,6 +83,15 @@ choices! {
         /// The library's own kernels, whose last bits depend on the shape of a step.
         Fast = "fast",
     }
+    /// Whether weights are rounded to fewer bits when they are loaded.
+    Quantization {
+        /// As `dtype` says.
+        None = "none",
+        /// 8-bit weights and activations, exact integer sums: fastest on a CPU.
+        Int8 = "int8",
+        /// 4-bit weights in groups of 32 with a scale each: least memory.
+        Int4 = "int4",
+    }
     /// Where a token must be before a client sees it.
     Durability {
         /// In the gateway's memory: survives engines and hosts.
@@ -182,6 +191,24 @@ impl Device {
     /// Whether a host that offers `self` can serve a model that asks for `wanted`.
     pub fn offers(self, wanted: Self) -> bool {
         self == wanted || self == Self::Auto || wanted == Self::Auto
+    }
+}
+
+/// How much memory the engines of a node may take for keys and values.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum KvMemory {
+    /// Of what is available once weights are loaded, by all engines of a device together; 1 to 100.
+    Percent(u8),
+    /// By each engine.
+    Bytes(u64),
+}
+
+impl fmt::Display for KvMemory {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Percent(percent) => write!(f, "{percent}%"),
+            Self::Bytes(bytes) => f.write_str(&crate::kind::size_text(*bytes)),
+        }
     }
 }
 

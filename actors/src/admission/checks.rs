@@ -12,6 +12,13 @@ pub const MAX_STOP_IDS: usize = 256;
 /// Alternatives per position at most.
 pub const MAX_TOP_LOGPROBS: u32 = 20;
 
+/// Biased token ids of one request at most.
+pub const MAX_LOGIT_BIAS: usize = 1024;
+/// Allowed token ids of one request at most.
+pub const MAX_ALLOWED_TOKEN_IDS: usize = 65_536;
+/// Tokens that may be guessed ahead at most.
+pub const MAX_SPECULATE: u32 = 16;
+
 /// Bytes of text that have to be tokenized.
 pub(super) fn text_bytes(input: &Input) -> usize {
     match input {
@@ -34,7 +41,7 @@ pub(super) fn check_size(input: &Input, name: &str, model: &Model) -> Result<(),
 }
 
 /// An engine would refuse these too, but only after the client has been told that the request is accepted.
-pub(super) fn check_stop_ids(sampling: &Sampling, model: &TextModel) -> Result<(), ErrorBody> {
+pub(super) fn check_ids(sampling: &Sampling, model: &TextModel) -> Result<(), ErrorBody> {
     let ids = &sampling.stop_token_ids;
     if ids.len() > MAX_STOP_IDS {
         let given = ids.len();
@@ -42,9 +49,15 @@ pub(super) fn check_stop_ids(sampling: &Sampling, model: &TextModel) -> Result<(
             "{given} stop_token_ids, and at most {MAX_STOP_IDS} are allowed"
         )));
     }
-    model
-        .check_tokens(ids)
-        .map_err(|error| invalid(format!("stop_token_ids: {error}")))
+    let known = |name: &str, ids: &[u32]| {
+        model
+            .check_tokens(ids)
+            .map_err(|error| invalid(format!("{name}: {error}")))
+    };
+    known("stop_token_ids", ids)?;
+    known("allowed_token_ids", &sampling.allowed_token_ids)?;
+    let biased: Vec<u32> = sampling.logit_bias.iter().map(|(id, _)| *id).collect();
+    known("logit_bias", &biased)
 }
 
 pub(super) fn check_sampling(
@@ -83,6 +96,40 @@ pub(super) fn check_sampling(
         return Err(invalid(format!(
             "top_logprobs {given}, and at most {MAX_TOP_LOGPROBS} are allowed"
         )));
+    }
+    check_choice(sampling)
+}
+
+/// Which tokens may be chosen, and how far ahead they may be guessed.
+fn check_choice(sampling: &Sampling) -> Result<(), ErrorBody> {
+    let at_most = |what: &str, given: usize, limit: usize| match given > limit {
+        true => Err(invalid(format!(
+            "{given} {what}, and at most {limit} are allowed"
+        ))),
+        false => Ok(()),
+    };
+    at_most(
+        "logit_bias entries",
+        sampling.logit_bias.len(),
+        MAX_LOGIT_BIAS,
+    )?;
+    at_most(
+        "allowed_token_ids",
+        sampling.allowed_token_ids.len(),
+        MAX_ALLOWED_TOKEN_IDS,
+    )?;
+    at_most(
+        "tokens to speculate",
+        sampling.speculate as usize,
+        MAX_SPECULATE as usize,
+    )?;
+    for (id, bias) in &sampling.logit_bias {
+        within(
+            &format!("the logit_bias of token {id}"),
+            Some(*bias),
+            -100.0,
+            100.0,
+        )?;
     }
     Ok(())
 }

@@ -15,7 +15,7 @@ use understudy_journal::Admission;
 use understudy_protocol::message::{Input, Sampling, Submit};
 use understudy_protocol::{ErrorBody, ErrorCode, RequestId};
 
-use self::checks::{check_sampling, check_size, check_stop_ids, text_bytes};
+use self::checks::{check_ids, check_sampling, check_size, text_bytes};
 use crate::request::text::TextFold;
 
 mod checks;
@@ -100,7 +100,7 @@ impl Admissions {
     /// `unknown_model`, `overloaded`, or `invalid_request` with what is wrong and what is allowed.
     pub async fn admit(&self, submit: Submit) -> Result<(Admission, TextFold), ErrorBody> {
         let (name, model) = self.model(submit.model.as_deref())?;
-        check_stop_ids(&submit.sampling, &model.text)?;
+        check_ids(&submit.sampling, &model.text)?;
         check_size(&submit.input, name, model)?;
         let prompt = self.tokenize(&model.text, submit.input).await?;
         let (context, model) = (model.context_length, &model.text);
@@ -129,6 +129,7 @@ impl Admissions {
             include_stop: submit.include_stop,
             deadline_ms: wanted.clamp(1, self.defaults.max_deadline_ms),
             resumable: submit.resumable,
+            priority: submit.priority,
         };
         let text = TextFold::new(model, &admission).map_err(|error| invalid(error.to_string()))?;
         Ok((admission, text))

@@ -27,6 +27,7 @@ fn submit(input: Input, sampling: Sampling) -> Submit {
         include_stop: false,
         deadline_ms: None,
         resumable: false,
+        priority: 0,
         credit: 1,
     }
 }

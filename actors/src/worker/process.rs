@@ -23,6 +23,10 @@ pub struct EngineSpec {
     pub dtype: String,
     pub device: String,
     pub numerics: String,
+    /// `none`, `int8`, `int4`.
+    pub quantization: String,
+    /// A fraction of available memory, or a size in MiB.
+    pub kv_memory: String,
     pub threads: u32,
     pub max_sequences: u32,
     pub max_waiting: u32,
@@ -42,6 +46,8 @@ impl EngineSpec {
         add("--dtype", self.dtype.clone());
         add("--device", self.device.clone());
         add("--numerics", self.numerics.clone());
+        add("--quantization", self.quantization.clone());
+        add("--kv-memory", self.kv_memory.clone());
         add("--threads", self.threads.to_string());
         add("--max-sequences", self.max_sequences.to_string());
         add("--max-waiting", self.max_waiting.to_string());

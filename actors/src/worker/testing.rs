@@ -79,6 +79,8 @@ impl StandIn {
             dtype: "f32".into(),
             device: "cpu".into(),
             numerics: "exact".into(),
+            quantization: "none".into(),
+            kv_memory: "0.5".into(),
             threads: 1,
             max_sequences: 4,
             max_waiting: 4,

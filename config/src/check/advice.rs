@@ -5,7 +5,7 @@ use crate::load::ClusterConfig;
 use crate::problem::{Problem, Warning};
 use crate::schema::Reader;
 use crate::settings::NodeSettings;
-use crate::value::{Numerics, Role};
+use crate::value::{Numerics, Quantization, Role};
 
 pub(super) fn warnings(config: &ClusterConfig, reader: &Reader<'_>) -> Vec<Warning> {
     let mut found = Vec::new();
@@ -105,6 +105,12 @@ fn models(config: &ClusterConfig, reader: &Reader<'_>, found: &mut Vec<Problem>)
             let message = "with \"fast\", a recovered stream keeps every token that was shown, but may go on with others than an undisturbed one would";
             let problem = reader.problem_at(&format!("model[{at}].numerics"), message);
             found.push(problem.help("write numerics = \"exact\" for bit-exact recovery on CPUs; a GPU always computes as with \"fast\""));
+        }
+        if model.numerics == Numerics::Fast && model.quantization != Quantization::None {
+            let message =
+                "\"fast\" has no quantized weights: the model is computed as `dtype` says";
+            let problem = reader.problem_at(&format!("model[{at}].quantization"), message);
+            found.push(problem.help("write numerics = \"exact\" for quantized weights"));
         }
         if model.step_token_budget < model.max_sequences {
             let message =

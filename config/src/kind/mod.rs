@@ -13,7 +13,7 @@ use std::path::Path;
 use toml::Spanned;
 use toml::de::DeValue;
 
-pub(crate) use number::{port, size, whole};
+pub(crate) use number::{kv_memory, port, size, size_text, whole};
 pub(crate) use text::{host, join_normal, model_name, name, path, remote_path, ssh_destination};
 pub(crate) use word::{device, one_of};
 

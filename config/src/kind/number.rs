@@ -9,6 +9,7 @@ use toml::Spanned;
 use toml::de::DeValue;
 
 use super::{Complaint, Kind};
+use crate::value::KvMemory;
 
 /// An integer within bounds.
 pub(crate) struct Whole<T>(RangeInclusive<u64>, PhantomData<T>);
@@ -64,14 +65,26 @@ const UNITS: [(&str, u64); 4] = [
 ];
 
 fn show_size(bytes: u64) -> String {
+    match whole_units(bytes) {
+        Some((number, unit)) => format!("\"{number}{unit}\""),
+        None => bytes.to_string(),
+    }
+}
+
+/// Such as `2GiB`, or a bare number of bytes.
+pub(crate) fn size_text(bytes: u64) -> String {
+    match whole_units(bytes) {
+        Some((number, unit)) => format!("{number}{unit}"),
+        None => bytes.to_string(),
+    }
+}
+
+fn whole_units(bytes: u64) -> Option<(u64, &'static str)> {
     UNITS
         .iter()
         .rev()
         .find(|(_, factor)| bytes >= *factor && bytes.is_multiple_of(*factor))
-        .map_or_else(
-            || bytes.to_string(),
-            |(unit, factor)| format!("\"{}{unit}\"", bytes / factor),
-        )
+        .map(|(unit, factor)| (bytes / factor, *unit))
 }
 
 fn parse_size(text: &str) -> Option<u64> {
@@ -122,5 +135,52 @@ impl Kind for Size {
 
     fn show(&self, value: &u64) -> String {
         show_size(*value)
+    }
+}
+
+/// A share of memory, or a size.
+pub(crate) struct KvMemoryKind;
+
+pub(crate) fn kv_memory() -> KvMemoryKind {
+    KvMemoryKind
+}
+
+/// Less holds no context that anybody would serve.
+const LEAST_KV_BYTES: u64 = 1 << 20;
+
+impl Kind for KvMemoryKind {
+    type Value = KvMemory;
+
+    fn type_name(&self) -> String {
+        "share or size".into()
+    }
+
+    fn allowed(&self) -> String {
+        "\"1%\" to \"100%\", or a size of at least 1MiB such as \"512MiB\", \"8GiB\"".into()
+    }
+
+    fn read(&self, base: &Path, value: &Spanned<DeValue<'_>>) -> Result<KvMemory, Vec<Complaint>> {
+        let text = value.get_ref().as_str();
+        let Some(percent) = text.and_then(|text| text.strip_suffix('%')) else {
+            let bytes = size(LEAST_KV_BYTES..=u64::MAX >> 1).read(base, value)?;
+            return Ok(KvMemory::Bytes(bytes));
+        };
+        match percent.trim().parse() {
+            Ok(percent @ 1..=100) => Ok(KvMemory::Percent(percent)),
+            _ => Err(vec![Complaint::at(
+                value,
+                format!(
+                    "\"{}%\" is no share from 1% to 100%",
+                    percent.escape_debug()
+                ),
+            )]),
+        }
+    }
+
+    fn show(&self, value: &KvMemory) -> String {
+        match value {
+            KvMemory::Percent(_) => format!("\"{value}\""),
+            KvMemory::Bytes(bytes) => show_size(*bytes),
+        }
     }
 }

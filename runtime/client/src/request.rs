@@ -18,6 +18,8 @@ pub struct Request {
     pub include_stop: bool,
     /// Milliseconds until the request ends with `deadline_exceeded`.
     pub deadline_ms: Option<u64>,
+    /// Requests with a higher one go first where an engine has not room for all.
+    pub priority: i32,
 }
 
 impl Request {
@@ -30,6 +32,7 @@ impl Request {
             stop: Vec::new(),
             include_stop: false,
             deadline_ms: None,
+            priority: 0,
         }
     }
 
@@ -67,6 +70,7 @@ impl Request {
             deadline_ms: self.deadline_ms,
             resumable,
             credit,
+            priority: self.priority,
         }
     }
 }

@@ -104,6 +104,7 @@ mod tests {
                 include_stop: false,
                 deadline_ms: 1,
                 resumable: true,
+                priority: 0,
             },
             log: TokenLog::default(),
             outcome: Outcome::Finished(FinishReason::Stop),

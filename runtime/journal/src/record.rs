@@ -22,6 +22,9 @@ pub struct Admission {
     pub deadline_ms: u64,
     /// Whether the request goes on without a client.
     pub resumable: bool,
+    /// Higher ones go first at an engine.
+    #[serde(default)]
+    pub priority: i32,
 }
 
 /// One committed output token. Logprobs are kept bit for bit: they are compared when the log is replayed.

@@ -295,6 +295,7 @@ mod tests {
             include_stop: false,
             deadline_ms: None,
             resumable: false,
+            priority: 0,
             credit: 1,
         })
     }

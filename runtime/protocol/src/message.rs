@@ -75,6 +75,14 @@ pub struct Submit {
     /// Token events the server may send before more `credit`.
     #[serde(default = "default_credit")]
     pub credit: u32,
+    /// Requests with a higher one go first where an engine has not room for all; 0 is ordinary.
+    #[serde(default, skip_serializing_if = "is_ordinary")]
+    pub priority: i32,
+}
+
+#[allow(clippy::trivially_copy_pass_by_ref)] // serde passes a reference
+fn is_ordinary(priority: &i32) -> bool {
+    *priority == 0
 }
 
 /// Initial credit where a client names none.
@@ -132,6 +140,20 @@ pub struct Sampling {
     pub logprobs: bool,
     /// How many alternatives per position, 0 ..= 20; implies `logprobs`.
     pub top_logprobs: u32,
+    /// Added to the logits of these token ids before anything else. At most 1024, each from -100 to 100.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub logit_bias: Vec<(u32, f32)>,
+    /// Only these token ids may be chosen; empty for all.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub allowed_token_ids: Vec<u32>,
+    /// Tokens that may be guessed ahead from repetitions in prompt and output and then checked together; 0 is off. Changes the speed only.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub speculate: u32,
+}
+
+#[allow(clippy::trivially_copy_pass_by_ref)] // serde passes a reference
+fn is_zero(number: &u32) -> bool {
+    *number == 0
 }
 
 /// Server → client.

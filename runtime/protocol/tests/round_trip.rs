@@ -59,6 +59,9 @@ fn sampling(rng: &mut Rng) -> Sampling {
         ignore_eos: rng.bool(),
         logprobs: rng.bool(),
         top_logprobs: small(rng),
+        logit_bias: list(rng, 5, |rng| (small(rng), rng.f32() * 9.0 - 4.5)),
+        allowed_token_ids: list(rng, 9, small),
+        speculate: rng.u32(..3),
     }
 }
 
@@ -89,6 +92,7 @@ fn client(rng: &mut Rng) -> ClientMessage {
             include_stop: rng.bool(),
             deadline_ms: maybe(rng, int),
             resumable: rng.bool(),
+            priority: rng.i32(-2..3),
             credit: small(rng),
         }),
         2 => ClientMessage::Cancel { stream: small(rng) },

@@ -127,6 +127,7 @@ pub fn submit(stream: u32, input: Input, max_tokens: u32) -> ClientMessage {
         include_stop: false,
         deadline_ms: None,
         resumable: false,
+        priority: 0,
         credit: 4096,
     })
 }

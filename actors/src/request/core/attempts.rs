@@ -113,6 +113,8 @@ impl Attempts {
             committed: log.ids(),
             expect_logprobs: log.last_logprobs(CHECKED_LOGPROBS),
             suspect: self.deaths >= self.suspect_after(),
+            priority: admission.priority,
+            fork_of: None,
             sampling: engine_sampling(&admission.sampling),
         };
         Effect::Route {
@@ -257,5 +259,9 @@ fn engine_sampling(sampling: &Sampling) -> SamplingParams {
         stop_token_ids: sampling.stop_token_ids.clone(),
         ignore_eos: sampling.ignore_eos,
         top_logprobs: sampling.top_logprobs,
+        logit_bias: sampling.logit_bias.clone(),
+        allowed_token_ids: (!sampling.allowed_token_ids.is_empty())
+            .then(|| sampling.allowed_token_ids.clone()),
+        speculate: sampling.speculate,
     }
 }

@@ -61,6 +61,7 @@ fn admission(stop: &[&str]) -> Admission {
         include_stop: false,
         deadline_ms: 1000,
         resumable: true,
+        priority: 0,
     }
 }
 

@@ -273,6 +273,7 @@ pub(super) fn submit(stream: u32, prompt: &str, credit: u32) -> ClientMessage {
         include_stop: false,
         deadline_ms: None,
         resumable: false,
+        priority: 0,
         credit,
     })
 }

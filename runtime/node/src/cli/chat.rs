@@ -204,6 +204,7 @@ impl<W: Write> Chat<'_, W> {
             stop: self.args.sampling.stop.clone(),
             include_stop: self.args.sampling.include_stop,
             deadline_ms: self.args.sampling.deadline_ms(),
+            priority: self.args.sampling.priority,
             ..Request::new(Input::Messages(self.conversation.with(&question)))
         };
         let mut answer = String::new();

@@ -80,6 +80,7 @@ impl GenerateArgs {
             stop: self.sampling.stop.clone(),
             include_stop: self.sampling.include_stop,
             deadline_ms: self.sampling.deadline_ms(),
+            priority: self.sampling.priority,
             ..Request::new(self.input.read()?)
         })
     }
@@ -240,6 +241,7 @@ mod tests {
             stop: vec!["a".to_owned(), "b,c".to_owned()],
             include_stop: true,
             deadline_ms: Some(2000),
+            priority: 0,
             ..Request::new(Input::TokenIds(vec![1, 2, 3]))
         };
         assert_eq!(request(&words), expected);

@@ -53,6 +53,24 @@ pub struct SamplingArgs {
     /// Go on past the end-of-sequence token, up to --max-tokens
     #[arg(long)]
     pub ignore_eos: bool,
+    /// Add BIAS to the logit of token ID, -100 to 100; separated by commas
+    #[arg(long, value_name = "ID:BIAS", value_delimiter = ',', value_parser = parse_bias, allow_negative_numbers = true)]
+    pub logit_bias: Vec<(u32, f32)>,
+    /// Choose among these token ids only, separated by commas
+    #[arg(long, value_name = "IDS", value_delimiter = ',')]
+    pub allowed_token_ids: Vec<u32>,
+    /// Guess up to N tokens ahead from repetitions and check them together: faster on text that repeats itself, never other tokens
+    #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true)]
+    pub speculate: u32,
+    /// Go before requests of a lower one where an engine has not room for all
+    #[arg(
+        long,
+        value_name = "N",
+        default_value_t = 0,
+        hide_default_value = true,
+        allow_negative_numbers = true
+    )]
+    pub priority: i32,
     /// Time until the request ends with an error, such as 30s, 1500ms or 2m
     #[arg(long, value_name = "TIME", value_parser = parse_duration)]
     pub deadline: Option<Duration>,
@@ -76,6 +94,9 @@ impl SamplingArgs {
             ignore_eos: self.ignore_eos,
             logprobs: false,
             top_logprobs: 0,
+            logit_bias: self.logit_bias.clone(),
+            allowed_token_ids: self.allowed_token_ids.clone(),
+            speculate: self.speculate,
         }
     }
 
@@ -84,6 +105,14 @@ impl SamplingArgs {
         self.deadline
             .map(|deadline| u64::try_from(deadline.as_millis()).unwrap_or(u64::MAX))
     }
+}
+
+/// Reads `17:-2.5`.
+fn parse_bias(text: &str) -> Result<(u32, f32), String> {
+    let parts = text.split_once(':');
+    parts
+        .and_then(|(id, bias)| Some((id.trim().parse().ok()?, bias.trim().parse().ok()?)))
+        .ok_or_else(|| format!("{text:?} is no ID:BIAS, such as 17:-2.5"))
 }
 
 /// Longest time that an option takes: a week.

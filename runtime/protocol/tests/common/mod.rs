@@ -162,11 +162,13 @@ fn submit(input: Input) -> Submit {
             ignore_eos: true,
             logprobs: true,
             top_logprobs: 5,
+            ..Sampling::default()
         },
         stop: vec!["\n\n".to_owned()],
         include_stop: true,
         deadline_ms: Some(1 << 33),
         resumable: true,
+        priority: 0,
         credit: 64,
     }
 }
@@ -347,6 +349,7 @@ pub fn exchange() -> Vec<Turn> {
         include_stop: false,
         deadline_ms: Some(10_000),
         resumable: true,
+        priority: 0,
         credit: 1,
     };
     let another = Turn::Client(ClientMessage::Submit(Submit {
