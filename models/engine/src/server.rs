@@ -35,7 +35,7 @@ use std::{
 use crate::{
     codec::CodecError,
     frame::{AttemptId, ENGINE_PROTOCOL, EngineEvent, EngineInfo},
-    runner::{ModelInfo, ModelRunner},
+    runner::{BLOCK, ModelInfo, ModelRunner},
     scheduler::{Scheduler, SchedulerOptions, StepOutcome},
 };
 use inbox::{Inbox, Work};
@@ -146,7 +146,7 @@ fn run(
     let mut runner = ManuallyDrop::new(runner);
     runner.set_ticks(link.ticks());
     let mut scheduler = Scheduler::new(runner.info(), options.scheduler);
-    inbox.set_slots(runner.info().slots);
+    inbox.set_max_sequences(runner.info().max_sequences);
     let send_failed = |error: CodecError| {
         (
             ExitStatus::BadFrame,
@@ -178,7 +178,8 @@ fn run(
             steps += 1;
             waits.step(&mut outcome, begins);
             link.publish(&scheduler, steps);
-            report(outcome, steps, link, &mut ended).map_err(send_failed)?;
+            let spent = report(outcome, steps, link, &mut ended).map_err(send_failed)?;
+            scheduler.recycle(spent);
         }
         waits.forget(&ended);
         inbox.forget(&mut ended);
@@ -215,34 +216,29 @@ fn apply(
     }
 }
 
+/// Sends what a step brought forth. Returns the memory that it came in.
 fn report(
-    outcome: StepOutcome,
+    mut outcome: StepOutcome,
     step: u64,
     link: &Link,
     ended: &mut Vec<AttemptId>,
-) -> Result<(), CodecError> {
-    let StepOutcome {
-        tokens,
-        failed,
-        prompt_tokens,
-        ..
-    } = outcome;
-    ended.extend(
-        tokens
-            .iter()
-            .filter(|token| token.finish.is_some())
-            .map(|token| token.attempt),
-    );
-    link.send(&EngineEvent::Step {
+) -> Result<StepOutcome, CodecError> {
+    let ended_well = outcome.tokens.iter().filter(|token| token.finish.is_some());
+    ended.extend(ended_well.map(|token| token.attempt));
+    let event = EngineEvent::Step {
         step,
-        prompt_tokens,
-        tokens,
-    })?;
-    for (attempt, error) in failed {
+        prompt_tokens: outcome.prompt_tokens,
+        tokens: std::mem::take(&mut outcome.tokens),
+    };
+    link.send(&event)?;
+    if let EngineEvent::Step { tokens, .. } = event {
+        outcome.tokens = tokens;
+    }
+    for (attempt, error) in outcome.failed.drain(..) {
         ended.push(attempt);
         link.send(&EngineEvent::AttemptFailed { attempt, error })?;
     }
-    Ok(())
+    Ok(outcome)
 }
 
 fn engine_info(info: &ModelInfo, started: Instant) -> EngineInfo {
@@ -255,8 +251,8 @@ fn engine_info(info: &ModelInfo, started: Instant) -> EngineInfo {
         eos_token_ids: info.eos_token_ids.clone(),
         device: info.device.clone(),
         dtype: info.dtype.clone(),
-        max_sequences: info.slots as u32,
-        kv_capacity_tokens: (info.slots * info.context_length) as u64,
+        max_sequences: info.max_sequences as u32,
+        kv_capacity_tokens: (info.kv_blocks * BLOCK) as u64,
         fingerprint: info.fingerprint.clone(),
         load_ms: started.elapsed().as_millis() as u64,
     }
