@@ -4,16 +4,17 @@
 //! cargo run --release -p understudy-kernels --example rates [threads]
 //! ```
 //!
-//! Products with few rows are bound by reading the weights: their GB/s stand beside the machine's plain reading rate. Products with many
-//! rows are bound by arithmetic: GFLOP/s.
+//! Products with few rows are bound by reading the weights; with many rows, by arithmetic.
 
 use std::hint::black_box;
 use std::time::Instant;
 
-use understudy_kernels::{BLOCK, Isa, KvBlocks, PackedLinear, Pool, RowPlace, WeightSlice, attend};
+use understudy_kernels::{
+    BLOCK, Isa, KvBlocks, PackedLinear, Pool, RowPlace, WeightFormat, attend,
+};
 
-/// Median seconds of a call.
-fn median(mut call: impl FnMut()) -> f64 {
+/// Median and smallest seconds of a call.
+fn timed(mut call: impl FnMut()) -> (f64, f64) {
     call();
     let mut seconds: Vec<f64> = (0..9)
         .map(|_| {
@@ -23,7 +24,11 @@ fn median(mut call: impl FnMut()) -> f64 {
         })
         .collect();
     seconds.sort_by(f64::total_cmp);
-    seconds[seconds.len() / 2]
+    (seconds[seconds.len() / 2], seconds[0])
+}
+
+fn median(call: impl FnMut()) -> f64 {
+    timed(call).0
 }
 
 fn reading_rate(pool: &Pool) -> f64 {
@@ -38,36 +43,83 @@ fn reading_rate(pool: &Pool) -> f64 {
     memory.len() as f64 * 8.0 / seconds / 1e9
 }
 
+/// A model's products: 30 layers and a head, shaped like a model of 135 million parameters.
+struct Products {
+    layers: Vec<PackedLinear>,
+    head: PackedLinear,
+}
+
+impl Products {
+    fn new(pool: &Pool, format: WeightFormat) -> Self {
+        let pack = |n: usize, k: usize| {
+            let source = |output: usize, row: &mut [f32]| {
+                for (i, value) in row.iter_mut().enumerate() {
+                    *value = ((output * 7 + i * 13) % 101) as f32 * 0.002 - 0.1;
+                }
+            };
+            PackedLinear::pack_rows(pool, format, n, k, &source)
+        };
+        let layer = [(960, 576), (576, 576), (3072, 576), (576, 1536)];
+        Self {
+            layers: (0..30)
+                .flat_map(|_| layer.map(|(n, k)| pack(n, k)))
+                .collect(),
+            head: pack(49_152, 576),
+        }
+    }
+
+    /// One step of `rows` rows, of which `head_rows` want logits.
+    fn step(&self, pool: &Pool, rows: usize, head_rows: usize, x: &[f32], y: &mut [f32]) {
+        for layer in &self.layers {
+            let (k, n) = (layer.in_features(), layer.out_features());
+            layer.forward(pool, &x[..rows * k], rows, &mut y[..rows * n]);
+        }
+        let (k, n) = (self.head.in_features(), self.head.out_features());
+        self.head.forward(
+            pool,
+            &x[..head_rows * k],
+            head_rows,
+            &mut y[..head_rows * n],
+        );
+    }
+}
+
+/// Tokens per second of the products alone: the median step, and the fastest one for a machine that others use too.
 fn products(pool: &Pool) {
-    let (n, k, copies) = (1536, 576, 24);
-    let wide: Vec<f32> = (0..n * k).map(|i| (i % 13) as f32 * 0.01).collect();
-    let narrow: Vec<u16> = wide
-        .iter()
-        .map(|value| understudy_kernels::f32_to_bf16(*value))
+    let counts = [(1, 1), (4, 4), (8, 8), (16, 16), (32, 32), (512, 1)];
+    let x: Vec<f32> = (0..512 * 1536)
+        .map(|i| (i % 29) as f32 * 0.07 - 1.0)
         .collect();
-    for (name, weights) in [
-        ("f32", WeightSlice::F32(&wide)),
-        ("bf16", WeightSlice::Bf16(&narrow)),
+    let mut y = vec![0.0; 512 * 3072];
+    println!("products of a 135M model, tokens/s: median (fastest) at rows");
+    print!("{:<6}{:>8}", "", "pack s");
+    for (rows, _) in counts {
+        print!("{rows:>16}");
+    }
+    println!();
+    for format in [
+        WeightFormat::F32,
+        WeightFormat::Bf16,
+        WeightFormat::F16,
+        WeightFormat::Int8,
+        WeightFormat::Int4,
     ] {
-        // Many copies, so that the caches do not hold them.
-        let layers: Vec<PackedLinear> = (0..copies)
-            .map(|_| PackedLinear::pack(weights, n, k))
-            .collect();
-        for rows in [1, 4, 8, 16, 32, 128] {
-            let x = vec![0.5; rows * k];
-            let mut y = vec![0.0; rows * n];
-            let seconds = median(|| {
-                layers
-                    .iter()
-                    .for_each(|layer| layer.forward(pool, &x, rows, &mut y))
-            });
-            let bytes: usize = layers.iter().map(PackedLinear::size_bytes).sum();
-            println!(
-                "product {name:<4} {rows:>4} rows: {:>6.1} GB/s of weights, {:>6.0} GFLOP/s",
-                bytes as f64 / seconds / 1e9,
-                2.0 * (rows * n * k * copies) as f64 / seconds / 1e9,
+        let begun = Instant::now();
+        let model = Products::new(pool, format);
+        print!(
+            "{:<6}{:>8.2}",
+            format!("{format:?}"),
+            begun.elapsed().as_secs_f64()
+        );
+        for (rows, head_rows) in counts {
+            let (median, best) = timed(|| model.step(pool, rows, head_rows, &x, &mut y));
+            let rows = rows as f64;
+            print!(
+                "{:>16}",
+                format!("{:.0} ({:.0})", rows / median, rows / best)
             );
         }
+        println!();
     }
 }
 

@@ -4,6 +4,7 @@
 //! one fixed order, whatever the machine's registers hold. The bodies are plain loops: Rust never reorders or fuses floating-point
 //! operations, so the compiler may vectorise them for each instruction set without changing a bit.
 
+use crate::buffer::Pieces;
 use crate::isa::{Isa, multiversion};
 use crate::lanes::Lanes;
 use crate::math::exp;
@@ -102,31 +103,6 @@ multiversion! { fn silu_mul_isa(gate: &[f32], up: &[f32], y: &mut [f32]) => silu
 multiversion! { fn add_isa(x: &[f32], y: &mut [f32]) => add_body }
 multiversion! { fn rotate_isa(x: &mut [f32], heads: usize, cos: &[f32], sin: &[f32], half: usize) => rotate_body }
 multiversion! { fn exp_isa(values: &mut [f32]) => exp_body }
-
-/// A mutable slice that tasks cut disjoint pieces from.
-struct Pieces {
-    start: *mut f32,
-    len: usize,
-}
-// SAFETY: see `piece`.
-unsafe impl Sync for Pieces {}
-
-impl Pieces {
-    fn new(slice: &mut [f32]) -> Self {
-        Self {
-            start: slice.as_mut_ptr(),
-            len: slice.len(),
-        }
-    }
-
-    /// # Safety
-    /// No element may be in two pieces at the same time.
-    #[allow(clippy::mut_from_ref)]
-    unsafe fn piece(&self, range: std::ops::Range<usize>) -> &mut [f32] {
-        assert!(range.start <= range.end && range.end <= self.len);
-        unsafe { std::slice::from_raw_parts_mut(self.start.add(range.start), range.len()) }
-    }
-}
 
 /// Cuts `rows` rows of `size` elements into ranges of rows, large enough to be worth a task.
 fn over_rows(

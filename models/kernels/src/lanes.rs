@@ -25,6 +25,15 @@ pub(crate) trait Lanes: Copy {
     unsafe fn store(self, p: *mut f32);
     /// A hint; never faults, so any address is allowed.
     unsafe fn prefetch(p: *const u8);
+    /// `WIDTH` words of eight signed four-bit codes each, lowest bits first.
+    type Words: Copy;
+    /// The same word in every lane.
+    unsafe fn words(word: u32) -> Self::Words;
+    unsafe fn load_words(p: *const u32) -> Self::Words;
+    /// The lowest codes as floats.
+    unsafe fn lowest_code(words: Self::Words) -> Self;
+    /// The words without their lowest codes.
+    unsafe fn next_code(words: Self::Words) -> Self::Words;
 }
 
 /// How a weight is stored. The arithmetic is always `f32`: widening is exact.
@@ -152,6 +161,23 @@ impl Lanes for Scalar {
     }
     #[inline(always)]
     unsafe fn prefetch(_: *const u8) {}
+    type Words = u32;
+    #[inline(always)]
+    unsafe fn words(word: u32) -> u32 {
+        word
+    }
+    #[inline(always)]
+    unsafe fn load_words(p: *const u32) -> u32 {
+        unsafe { *p }
+    }
+    #[inline(always)]
+    unsafe fn lowest_code(words: u32) -> Self {
+        Self(((words << 28) as i32 >> 28) as f32)
+    }
+    #[inline(always)]
+    unsafe fn next_code(words: u32) -> u32 {
+        words >> 4
+    }
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -195,6 +221,30 @@ impl Lanes for Avx512 {
     unsafe fn prefetch(p: *const u8) {
         unsafe { _mm_prefetch::<_MM_HINT_T0>(p.cast()) }
     }
+    type Words = __m512i;
+    #[inline(always)]
+    unsafe fn words(word: u32) -> __m512i {
+        unsafe { _mm512_set1_epi32(word as i32) }
+    }
+    #[inline(always)]
+    unsafe fn load_words(p: *const u32) -> __m512i {
+        unsafe { _mm512_loadu_si512(p.cast()) }
+    }
+    #[inline(always)]
+    unsafe fn lowest_code(words: __m512i) -> Self {
+        // The permutation looks at the lowest four bits only.
+        Self(unsafe {
+            let codes = _mm512_setr_ps(
+                0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, -8.0, -7.0, -6.0, -5.0, -4.0, -3.0, -2.0,
+                -1.0,
+            );
+            _mm512_permutexvar_ps(words, codes)
+        })
+    }
+    #[inline(always)]
+    unsafe fn next_code(words: __m512i) -> __m512i {
+        unsafe { _mm512_srli_epi32::<4>(words) }
+    }
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -237,6 +287,23 @@ impl Lanes for Avx2 {
     #[inline(always)]
     unsafe fn prefetch(p: *const u8) {
         unsafe { _mm_prefetch::<_MM_HINT_T0>(p.cast()) }
+    }
+    type Words = __m256i;
+    #[inline(always)]
+    unsafe fn words(word: u32) -> __m256i {
+        unsafe { _mm256_set1_epi32(word as i32) }
+    }
+    #[inline(always)]
+    unsafe fn load_words(p: *const u32) -> __m256i {
+        unsafe { _mm256_loadu_si256(p.cast()) }
+    }
+    #[inline(always)]
+    unsafe fn lowest_code(words: __m256i) -> Self {
+        Self(unsafe { _mm256_cvtepi32_ps(_mm256_srai_epi32::<28>(_mm256_slli_epi32::<28>(words))) })
+    }
+    #[inline(always)]
+    unsafe fn next_code(words: __m256i) -> __m256i {
+        unsafe { _mm256_srli_epi32::<4>(words) }
     }
 }
 
@@ -284,6 +351,26 @@ impl Lanes for Neon {
     }
     #[inline(always)]
     unsafe fn prefetch(_: *const u8) {}
+    type Words = uint32x4_t;
+    #[inline(always)]
+    unsafe fn words(word: u32) -> uint32x4_t {
+        unsafe { vdupq_n_u32(word) }
+    }
+    #[inline(always)]
+    unsafe fn load_words(p: *const u32) -> uint32x4_t {
+        unsafe { vld1q_u32(p) }
+    }
+    #[inline(always)]
+    unsafe fn lowest_code(words: uint32x4_t) -> Self {
+        Self(unsafe {
+            let signed = vreinterpretq_s32_u32(vshlq_n_u32::<28>(words));
+            vcvtq_f32_s32(vshrq_n_s32::<28>(signed))
+        })
+    }
+    #[inline(always)]
+    unsafe fn next_code(words: uint32x4_t) -> uint32x4_t {
+        unsafe { vshrq_n_u32::<4>(words) }
+    }
 }
 
 #[cfg(test)]

@@ -26,10 +26,11 @@ pub mod rope;
 mod testing;
 
 pub use attention::{RowPlace, attend};
+pub use buffer::{Buffer, Bytes, SharedMemory};
 pub use elementwise::{add, exp_slice, rms_norm, rotate, silu_mul};
 pub use isa::Isa;
 pub use kv::{BLOCK, KvBlocks};
 pub use lanes::{bf16_to_f32, f16_to_f32, f32_to_bf16, f32_to_f16};
-pub use linear::{PackedLinear, WeightSlice};
+pub use linear::{PackedLinear, RowSource, WeightFormat, WeightSlice};
 pub use math::{exp, ln};
 pub use pool::Pool;

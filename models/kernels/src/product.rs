@@ -29,6 +29,24 @@ pub(crate) struct Product<W> {
     pub accumulate: bool,
 }
 
+impl<W> Product<W> {
+    /// The same with other weights.
+    pub fn with<V>(self, w: *const V) -> Product<V> {
+        Product {
+            rows: self.rows,
+            k: self.k,
+            columns: self.columns,
+            x: self.x,
+            x_stride: self.x_stride,
+            w,
+            w_stride: self.w_stride,
+            y: self.y,
+            y_stride: self.y_stride,
+            accumulate: self.accumulate,
+        }
+    }
+}
+
 // A derive would ask for `W: Clone`.
 impl<W> Clone for Product<W> {
     fn clone(&self) -> Self {
