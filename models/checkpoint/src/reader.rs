@@ -17,6 +17,7 @@ pub use linear::LinearReader;
 
 use std::collections::BTreeMap;
 use std::fs::File;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use memmap2::Mmap;
@@ -121,6 +122,7 @@ struct Entry {
 pub struct Checkpoint {
     directory: PathBuf,
     files: Vec<Mmap>,
+    stamps: Vec<u8>,
     tensors: BTreeMap<String, Entry>,
 }
 
@@ -136,6 +138,7 @@ impl Checkpoint {
         let mut checkpoint = Self {
             directory: directory.to_owned(),
             files: Vec::new(),
+            stamps: Vec::new(),
             tensors: BTreeMap::new(),
         };
         if directory.join(SINGLE).exists() {
@@ -160,6 +163,17 @@ impl Checkpoint {
             source,
         };
         let file = File::open(&path).map_err(io)?;
+        let metadata = file.metadata().map_err(io)?;
+        let stamp = format!(
+            "{}|{}|{}|{}|{}.{:09}\n",
+            path.canonicalize().unwrap_or_else(|_| path.clone()).display(),
+            metadata.dev(),
+            metadata.ino(),
+            metadata.len(),
+            metadata.mtime(),
+            metadata.mtime_nsec()
+        );
+        self.stamps.extend_from_slice(stamp.as_bytes());
         // SAFETY: the mapping is read-only. A file that someone shortens while it is mapped can kill this process (SIGBUS), which its owner
         // answers with a fresh one; weights are read once, at load.
         let map = unsafe { Mmap::map(&file) }.map_err(io)?;
@@ -310,6 +324,21 @@ impl Checkpoint {
                 e.end - e.start,
             )
         })
+    }
+
+    /// Gives the pages that were read back to the system: they count as this process's memory while they are mapped, and reading them again
+    /// finds them in the page cache.
+    pub fn forget_pages(&self) {
+        for file in &self.files {
+            // SAFETY: a read-only mapping of a file: what is dropped is read again when it is needed. A refusal costs memory only.
+            let _ = unsafe { file.unchecked_advise(memmap2::UncheckedAdvice::DontNeed) };
+        }
+    }
+
+    /// Names, sizes and times of change of the files, as far as the system tells: equal stamps mean the same values, without reading them.
+    #[must_use]
+    pub fn stamps(&self) -> &[u8] {
+        &self.stamps
     }
 
     /// A hash of all names, types, shapes and values: equal exactly if the weights are, however they are cut into files.

@@ -5,9 +5,10 @@
 use std::path::Path;
 
 use understudy_checkpoint::Checkpoint;
-use understudy_kernels::attention::RowPlace;
-use understudy_kernels::elementwise as ops;
-use understudy_kernels::{BLOCK, KvBlocks, Pool};
+use crate::interim::attention::RowPlace;
+use crate::interim::ops;
+use understudy_kernels::{BLOCK, Pool};
+use crate::interim::attention::KvBlocks;
 
 use crate::breakdown::Stopwatch;
 use crate::forward::{Arena, StepRows, forward, kernel};
@@ -58,7 +59,7 @@ impl Encoder {
     /// [`LoadError`].
     pub fn load(directory: &Path, options: &LoadOptions) -> Result<Self, LoadError> {
         let checkpoint = Checkpoint::open(directory)?;
-        let spec = read_spec(directory, &checkpoint)?;
+        let spec = read_spec(directory, &checkpoint, options.context_length)?;
         let context_length = options
             .context_length
             .unwrap_or(spec.context_length)

@@ -4,9 +4,10 @@
 //! that is no larger than an earlier one allocates nothing.
 
 use understudy_checkpoint::spec::Activation;
-use understudy_kernels::attention::{Attend, RowPlace, attend};
-use understudy_kernels::elementwise::{self as ops, Heads};
-use understudy_kernels::{KvBlocks, Pool};
+use crate::interim::attention::{Attend, RowPlace, attend};
+use crate::interim::ops::{self, Heads};
+use understudy_kernels::Pool;
+use crate::interim::attention::KvBlocks;
 
 use crate::breakdown::{Part, Stopwatch};
 use crate::model::{Attention, Experts, FeedForward, Layer, Linear, Mlp, Model, Norm, Norms};

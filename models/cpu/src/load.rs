@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use sha2::{Digest, Sha256};
 use understudy_checkpoint::spec::ModelSpec;
+use understudy_checkpoint::unused::check_all_used;
 use understudy_checkpoint::{
     Checkpoint, CheckpointError, ConfigError, StoredType, TensorError, families,
 };
@@ -11,7 +12,8 @@ use understudy_engine_core::model_dir::{ModelDir, ModelDirError};
 use understudy_engine_core::runner::ModelInfo;
 use understudy_engine_core::sampler::SAMPLING_NUMERICS;
 use understudy_engine_core::tokenizer::{TextTokenizer, TokenizerError};
-use understudy_kernels::{BLOCK, KvBlocks, Pool};
+use understudy_kernels::{BLOCK, Pool};
+use crate::interim::attention::KvBlocks;
 
 use crate::memory::{KvDemand, available_bytes};
 use crate::model::Model;
@@ -113,8 +115,12 @@ pub struct LoadReport {
 ///
 /// # Errors
 /// [`LoadError::Config`].
-pub fn read_spec(directory: &Path, checkpoint: &Checkpoint) -> Result<ModelSpec, LoadError> {
-    families::read(directory)
+pub fn read_spec(
+    directory: &Path,
+    checkpoint: &Checkpoint,
+    positions: Option<usize>,
+) -> Result<ModelSpec, LoadError> {
+    families::read_within(directory, positions)
         .map(|spec| spec.with_names_of(checkpoint))
         .map_err(|source| LoadError::Config {
             path: directory.join("config.json"),
@@ -132,7 +138,7 @@ pub fn load(
     progress: &mut dyn FnMut(f32),
 ) -> Result<(CpuRunner, LoadReport), LoadError> {
     let checkpoint = Checkpoint::open(directory)?;
-    let spec = read_spec(directory, &checkpoint)?;
+    let spec = read_spec(directory, &checkpoint, options.context_length)?;
     let described = ModelDir::open(directory)?;
     if !spec.generates() {
         return Err(LoadError::Encoder {
@@ -206,7 +212,7 @@ pub fn load_model(
         directory: directory.to_owned(),
         source,
     };
-    spec.check_tensors(checkpoint).map_err(wrong)?;
+    check_all_used(checkpoint.names(), &spec).map_err(wrong)?;
     let layout = Layout::of(&spec, checkpoint, options.dtype, options.quantize).map_err(wrong)?;
     let pool = Pool::new(threads(options, layout.bytes()));
     let segments = segment::directory().filter(|_| options.share_weights);

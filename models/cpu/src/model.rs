@@ -1,9 +1,9 @@
 //! A model with its weights in place: the specification's parts, each beside what it computes with.
 
-use understudy_checkpoint::reader::vector;
 use understudy_checkpoint::spec::{
-    Activation, AttentionSpec, BiasPart, DenseMlp, LinearSpec, MlpSpec, ModelSpec, NormKind,
+    Activation, AttentionSpec,  DenseMlp, LinearSpec, MlpSpec, ModelSpec, NormKind,
     NormSpec, OutputSpec, ResidualNorms,
+    RowPattern, WeightPart,
 };
 use understudy_checkpoint::{Checkpoint, TensorError};
 use understudy_kernels::PackedLinear;
@@ -186,35 +186,39 @@ impl Model {
 
 impl Builder<'_> {
     fn linear(&mut self, name: &str, map: &LinearSpec) -> Result<Linear, TensorError> {
-        let mut bias = Vec::new();
-        for part in &map.bias {
-            self.gather(part, &mut bias)?;
-        }
+        let bias = self.checkpoint.linear(map)?.bias().map(<[f32]>::to_vec);
         Ok(Linear {
             weight: self.packed.take(name),
-            bias: (!bias.is_empty()).then_some(bias),
+            bias,
         })
     }
 
-    fn gather(&self, part: &BiasPart, bias: &mut Vec<f32>) -> Result<(), TensorError> {
-        let stored = vector(self.checkpoint, &part.tensor, &[part.stored_len])?;
-        bias.extend((0..part.rows.rows()).map(|index| stored[part.rows.stored(index)]));
-        Ok(())
-    }
-
     fn matrix(&self, tensor: &str, rows: usize, columns: usize) -> Result<Vec<f32>, TensorError> {
-        vector(self.checkpoint, tensor, &[rows, columns])
+        let map = LinearSpec {
+            inputs: columns,
+            outputs: rows,
+            weight: vec![WeightPart {
+                tensor: tensor.to_owned(),
+                stored_outputs: rows,
+                transposed: false,
+                rows: RowPattern::range(0, rows),
+            }],
+            bias: Vec::new(),
+        };
+        let mut values = vec![0.0; rows * columns];
+        self.checkpoint.linear(&map)?.rows(0, &mut values);
+        Ok(values)
     }
 
     fn norm_if(&self, norm: Option<&NormSpec>) -> Result<Option<Norm>, TensorError> {
         let Some(spec) = norm else { return Ok(None) };
-        let mut weight = vector(self.checkpoint, &spec.weight, &[spec.size])?;
+        let mut weight = self.checkpoint.vector(&spec.weight, spec.size)?;
         if spec.kind == NormKind::RmsPlusOne {
             weight.iter_mut().for_each(|weight| *weight += 1.0);
         }
         let layer = spec.kind == NormKind::Layer;
         let bias = match &spec.bias {
-            Some(bias) => vector(self.checkpoint, bias, &[spec.size])?,
+            Some(bias) => self.checkpoint.vector(bias, spec.size)?,
             None if layer => vec![0.0; spec.size],
             None => Vec::new(),
         };

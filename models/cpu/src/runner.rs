@@ -8,9 +8,10 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use understudy_engine_core::runner::{
     BlockId, Chunk, ModelInfo, ModelRunner, StepError, Ticks, panic_text,
 };
-use understudy_kernels::attention::RowPlace;
-use understudy_kernels::elementwise as ops;
-use understudy_kernels::{BLOCK, KvBlocks, Pool};
+use crate::interim::attention::RowPlace;
+use crate::interim::ops;
+use understudy_kernels::{BLOCK, Pool};
+use crate::interim::attention::KvBlocks;
 
 use crate::breakdown::{Breakdown, Part, Stopwatch};
 use crate::forward::{Arena, StepRows, forward};

@@ -11,7 +11,6 @@ use std::path::Path;
 use std::sync::Arc;
 
 use sha2::{Digest, Sha256};
-use understudy_checkpoint::reader::{LinearReader, file_stamps};
 use understudy_checkpoint::spec::{LinearSpec, ModelSpec, OutputSpec, RowPattern, WeightPart};
 use understudy_checkpoint::{Checkpoint, StoredType, TensorError};
 use understudy_kernels::buffer::Bytes;
@@ -67,7 +66,7 @@ impl Layout {
         };
         let embedding = embedding_matrix(spec);
         let plain = |map: &LinearSpec| -> Result<WeightFormat, TensorError> {
-            let stored = LinearReader::new(checkpoint, map)?
+            let stored = checkpoint.linear(map)?
                 .stored_type()
                 .unwrap_or(StoredType::F32);
             Ok(plain_format(dtype.of(stored)))
@@ -113,7 +112,7 @@ impl Layout {
     /// Names the image: the checkpoint's files as they are now, and the layout.
     fn key(&self, checkpoint: &Checkpoint) -> Key {
         let mut hash = Sha256::new();
-        hash.update(file_stamps(checkpoint));
+        hash.update(checkpoint.stamps());
         for part in &self.parts {
             hash.update(format!(
                 "{}|{:?}|{:?}|{}\n",
@@ -170,14 +169,14 @@ impl Part {
         pool: &Pool,
         image: &mut [u8],
     ) -> Result<(), TensorError> {
-        let reader = LinearReader::new(checkpoint, &self.spec)?;
+        let reader = checkpoint.linear(&self.spec)?;
         let row = |index: usize, row: &mut [f32]| reader.row(index, row);
         PackedLinear::pack_into(
+            pool,
             self.format,
-            &row,
             self.spec.outputs,
             self.spec.inputs,
-            pool,
+            &row,
             image,
         );
         Ok(())
