@@ -208,7 +208,7 @@ unsafe fn product<L: Lanes, const WIDE: bool>(job: &Job) {
         // Totals and sums both want registers; what is too much goes to the stack once a group.
         unsafe {
             match L::WIDTH {
-                16 if three => columns::<L, WIDE, 3>(job, column, if WIDE { 8 } else { 4 }),
+                16 if three => columns::<L, WIDE, 3>(job, column, 8),
                 16 => columns::<L, WIDE, 1>(job, column, 8),
                 8 => columns::<L, WIDE, 2>(job, column, 4),
                 4 => columns::<L, WIDE, 4>(job, column, 4),
