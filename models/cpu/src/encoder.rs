@@ -24,6 +24,28 @@ pub struct Encoder {
     context_length: usize,
 }
 
+/// A text, or two of them.
+#[derive(Debug, Clone, Copy)]
+pub struct Input<'a> {
+    pub ids: &'a [u32],
+    /// Tokens from here on are of type 1: the second text of a pair, for models that tell them apart.
+    pub second: usize,
+}
+
+impl<'a> Input<'a> {
+    /// One text.
+    #[must_use]
+    pub fn text(ids: &'a [u32]) -> Self {
+        Self { ids, second: ids.len() }
+    }
+
+    /// Two texts; the second begins at `second`.
+    #[must_use]
+    pub fn pair(ids: &'a [u32], second: usize) -> Self {
+        Self { ids, second }
+    }
+}
+
 /// What a sequence becomes.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Encoded {
@@ -85,8 +107,9 @@ impl Encoder {
     ///
     /// # Errors
     /// [`EncodeError`], naming the sequence.
-    pub fn encode(&mut self, sequences: &[&[u32]]) -> Result<Vec<Encoded>, EncodeError> {
-        self.check(sequences)?;
+    pub fn encode(&mut self, inputs: &[Input<'_>]) -> Result<Vec<Encoded>, EncodeError> {
+        let sequences: Vec<&[u32]> = inputs.iter().map(|input| input.ids).collect();
+        self.check(&sequences)?;
         let mut blocks = 0;
         let tables: Vec<Vec<u32>> = sequences
             .iter()
@@ -101,6 +124,11 @@ impl Encoder {
         let positions: Vec<usize> = sequences
             .iter()
             .flat_map(|tokens| 0..tokens.len())
+            .collect();
+        let types = self.model.spec.embedding.token_types.as_ref().map_or(1, |(_, types)| *types);
+        let token_types: Vec<usize> = inputs
+            .iter()
+            .flat_map(|input| (0..input.ids.len()).map(|at| usize::from(at >= input.second).min(types - 1)))
             .collect();
         let causal = self
             .model
@@ -120,6 +148,7 @@ impl Encoder {
         let wanted: Vec<usize> = (0..ids.len()).collect();
         let step = StepRows {
             ids: &ids,
+            token_types: &token_types,
             positions: &positions,
             places: &places,
             wanted: &wanted,

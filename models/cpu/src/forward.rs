@@ -44,6 +44,8 @@ struct Routing {
 /// What a step computes.
 pub struct StepRows<'a> {
     pub ids: &'a [u32],
+    /// Of each row; empty where all are 0.
+    pub token_types: &'a [usize],
     pub positions: &'a [usize],
     pub places: &'a [RowPlace<'a>],
     /// Rows whose hidden states are wanted, ascending.
@@ -118,16 +120,17 @@ pub fn forward<'a>(
 fn embed(model: &Model, pool: &Pool, arena: &mut Arena, step: &StepRows<'_>) {
     let hidden = model.spec.hidden_size;
     let x = sized(&mut arena.x, step.ids.len() * hidden);
-    for ((row, id), position) in x.chunks_exact_mut(hidden).zip(step.ids).zip(step.positions) {
+    for (index, (row, id)) in x.chunks_exact_mut(hidden).zip(step.ids).enumerate() {
         model.embedding.weight_row(*id as usize, row);
         if let Some(scale) = model.spec.embedding.scale {
             row.iter_mut().for_each(|value| *value *= scale);
         }
         if let Some(table) = &model.positions {
-            ops::add(&table[position * hidden..][..hidden], row);
+            ops::add(&table[step.positions[index] * hidden..][..hidden], row);
         }
-        if let Some(token_type) = &model.token_type {
-            ops::add(token_type, row);
+        if let Some(table) = &model.token_types {
+            let kind = step.token_types.get(index).copied().unwrap_or(0);
+            ops::add(&table[kind * hidden..][..hidden], row);
         }
     }
     if let Some(norm) = &model.embedding_norm {

@@ -80,8 +80,8 @@ pub struct Model {
     pub embedding: PackedLinear,
     /// `[rows][hidden]`, added by position; the offset of position 0 is taken off already.
     pub positions: Option<Vec<f32>>,
-    /// Added to every row.
-    pub token_type: Option<Vec<f32>>,
+    /// `[types][hidden]`, added by the token's type.
+    pub token_types: Option<Vec<f32>>,
     pub embedding_norm: Option<Norm>,
     pub layers: Vec<Layer>,
     pub ropes: Vec<RopeTable>,
@@ -119,13 +119,9 @@ impl Model {
                 Some(table)
             }
         };
-        let token_type = match &spec.embedding.token_types {
+        let token_types = match &spec.embedding.token_types {
             None => None,
-            Some((tensor, types)) => {
-                let mut row = builder.matrix(tensor, *types, hidden)?;
-                row.truncate(hidden);
-                Some(row)
-            }
+            Some((tensor, types)) => Some(builder.matrix(tensor, *types, hidden)?),
         };
         let embedding_norm = builder.norm_if(spec.embedding.norm.as_ref())?;
         let layers = (0..spec.layers.len())
@@ -162,7 +158,7 @@ impl Model {
         Ok(Self {
             embedding: builder.packed.take_embedding(),
             positions,
-            token_type,
+            token_types,
             embedding_norm,
             layers,
             ropes,

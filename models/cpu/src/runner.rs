@@ -132,6 +132,7 @@ impl CpuRunner {
         }
         let step = StepRows {
             ids: &rows.ids,
+            token_types: &[],
             positions: &rows.positions,
             places: &places,
             wanted: &rows.wanted,

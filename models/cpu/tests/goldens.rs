@@ -7,7 +7,7 @@ use common::{
     worst,
 };
 use understudy_checkpoint::Checkpoint;
-use understudy_cpu::encoder::Encoder;
+use understudy_cpu::encoder::{Encoder, Input};
 use understudy_engine_core::runner::ModelRunner;
 
 /// Largest difference of a prompt logit, in absolute terms; the logits of these models reach about ten.
@@ -48,7 +48,7 @@ fn check_decoder(name: &str) {
 #[test]
 fn decoders_match_transformers() {
     let names = goldens_with("logits.f32");
-    assert!(names.len() >= 1, "{} checkpoints", names.len());
+    assert!(names.len() >= 25, "{} checkpoints", names.len());
     for name in &names {
         check_decoder(name);
     }
@@ -62,7 +62,7 @@ fn decoders_match_transformers() {
 #[test]
 fn encoders_match_transformers() {
     let names = goldens_with("hidden.f32");
-    assert!(names.len() < 99, "{names:?}");
+    assert!(names.len() >= 4, "{names:?}");
     for name in names {
         let expected = expected(&name);
         let directory = golden(&name);
@@ -71,23 +71,22 @@ fn encoders_match_transformers() {
         let hidden = floats(&directory.join("hidden.f32"));
         // Among others, so that a neighbour's rows would show.
         let other = [expected.prompt[1], expected.prompt[0], expected.prompt[2]];
-        let encoded = encoder.encode(&[&other, &expected.prompt, &other]).unwrap();
+        let second = expected.token_types.iter().position(|kind| *kind == 1).unwrap_or(expected.prompt.len());
+        let inputs = [
+            Input::text(&other),
+            Input::text(&expected.prompt),
+            Input::pair(&expected.prompt, second),
+        ];
+        let encoded = encoder.encode(&inputs).unwrap();
         let difference = worst(&encoded[1].hidden, &hidden);
         println!("{name}: largest difference of a hidden state {difference:e}");
         assert!(difference <= LOGIT_TOLERANCE, "{name}: {difference:e}");
-        for (file, found) in [
-            ("pooled.f32", &encoded[1].pooled),
-            ("scores.f32", &encoded[1].scores),
-        ] {
-            let path = directory.join(file);
-            if path.exists() {
-                let found = found
-                    .as_ref()
-                    .unwrap_or_else(|| panic!("{name} has no {file}"));
-                assert!(
-                    worst(found, &floats(&path)) <= LOGIT_TOLERANCE,
-                    "{name}: {file}"
-                );
+        if let Some(pooled) = &expected.pooled {
+            assert!(worst(encoded[1].pooled.as_ref().unwrap(), pooled) <= LOGIT_TOLERANCE, "{name}");
+        }
+        for (score, encoded) in [(expected.score, &encoded[1]), (expected.score_with_token_types, &encoded[2])] {
+            if let Some(score) = score {
+                assert!(worst(encoded.scores.as_ref().unwrap(), &[score]) <= LOGIT_TOLERANCE, "{name}");
             }
         }
     }

@@ -10,8 +10,6 @@ use understudy_engine_core::runner::{BlockId, Chunk, ModelRunner};
 use understudy_kernels::BLOCK;
 
 const SEQUENCES: usize = 5;
-/// Blocks that schedules draw from: more than the sequences need, so that they move about.
-const BLOCKS: usize = 40;
 
 /// Token ids of the sequences, of various lengths; the same for every schedule.
 fn sequences(vocab: usize) -> Vec<Vec<u32>> {
@@ -42,7 +40,8 @@ struct Progress {
 
 /// The same rows by a random schedule. Blocks are reused from schedule to schedule, so old keys lie behind new ones.
 fn scheduled(runner: &mut CpuRunner, sequences: &[Vec<u32>], rng: &mut Rng) -> Vec<Vec<u32>> {
-    let mut free: Vec<BlockId> = (0..BLOCKS as BlockId).collect();
+    // More than the sequences need, so that they move about.
+    let mut free: Vec<BlockId> = (0..runner.info().kv_blocks as BlockId).collect();
     rng.shuffle(&mut free);
     let vocab = runner.info().vocab_size;
     let mut all: Vec<Progress> = sequences

@@ -99,6 +99,7 @@ struct Config {
     model_type: Option<String>,
     #[serde(default)]
     architectures: Option<Vec<String>>,
+    #[serde(alias = "n_positions")]
     max_position_embeddings: Option<usize>,
     vocab_size: Option<usize>,
     eos_token_id: Option<TokenIds>,

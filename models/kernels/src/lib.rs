@@ -25,7 +25,7 @@ pub mod rope;
 #[cfg(test)]
 mod testing;
 
-pub use attention::{RowPlace, attend};
+pub use attention::{Attend, RowPlace, attend};
 pub use buffer::{Buffer, Bytes, SharedMemory};
 pub use elementwise::{add, exp_slice, rms_norm, rotate, silu_mul};
 pub use isa::Isa;

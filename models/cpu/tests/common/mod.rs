@@ -18,6 +18,15 @@ pub struct Expected {
     /// The five likeliest tokens at each generated position; of the older checkpoints there are none.
     #[serde(default)]
     pub top5: Vec<Vec<(u32, f32)>>,
+    /// Of encoders.
+    #[serde(default)]
+    pub pooled: Option<Vec<f32>>,
+    #[serde(default)]
+    pub score: Option<f32>,
+    #[serde(default)]
+    pub token_types: Vec<u32>,
+    #[serde(default)]
+    pub score_with_token_types: Option<f32>,
 }
 
 pub fn golden_root() -> PathBuf {

@@ -60,10 +60,7 @@ impl Scene {
     fn run(&self, isa: Isa, threads: usize, rows: std::ops::Range<usize>) -> Vec<f32> {
         let places: Vec<RowPlace<'_>> = rows
             .clone()
-            .map(|position| RowPlace {
-                table: &self.table,
-                position,
-            })
+            .map(|position| RowPlace::causal(&self.table, position))
             .collect();
         let row = self.heads * self.kv.head_dim();
         let mut out = vec![f32::NAN; rows.len() * row];
@@ -73,7 +70,7 @@ impl Scene {
             &Pool::new(threads),
             &self.kv,
             &places,
-            self.heads,
+            &Attend::plain(self.heads, self.kv.head_dim()),
             q,
             &mut out,
         );
@@ -158,7 +155,8 @@ fn several_sequences_in_one_call_keep_apart() {
     let row = a.heads * 16;
     // A second sequence: the same two blocks in the other order.
     let other = [a.table[1], a.table[0]];
-    let place = |table, position| RowPlace { table, position };
+    let place = RowPlace::causal;
+    let call = Attend::plain(a.heads, 16);
     let mut places: Vec<RowPlace<'_>> = [5, 29, 29, 3, 4, 0, 17]
         .map(|p| place(&a.table, p))
         .to_vec();
@@ -169,11 +167,11 @@ fn several_sequences_in_one_call_keep_apart() {
     );
     let q = random.values(places.len() * row);
     let mut together = vec![0.0; q.len()];
-    attend(&Pool::new(2), &a.kv, &places, a.heads, &q, &mut together);
+    attend(&Pool::new(2), &a.kv, &places, &call, &q, &mut together);
     for (i, place) in places.iter().enumerate() {
         let mut alone = vec![0.0; row];
         let q = &q[i * row..][..row];
-        attend(&Pool::new(1), &a.kv, &[*place], a.heads, q, &mut alone);
+        attend(&Pool::new(1), &a.kv, &[*place], &call, q, &mut alone);
         assert_eq!(bits(&together[i * row..][..row]), bits(&alone), "row {i}");
     }
 }
@@ -185,12 +183,127 @@ fn a_table_too_short_is_refused() {
     attend(
         &Pool::new(1),
         &kv,
-        &[RowPlace {
-            table: &[0],
-            position: 16,
-        }],
-        1,
+        &[RowPlace::causal(&[0], 16)],
+        &Attend::plain(1, 2),
         &[0.0; 2],
         &mut [0.0; 2],
     );
+}
+
+/// Windows, soft caps, scales, strides, rows that see their whole sequence: against the definition, and rows alone against rows together.
+#[test]
+fn all_kinds_of_attention_follow_the_definition_and_keep_their_bits() {
+    let mut random = Random::new(9);
+    for (group, dim, length, window, soft_cap, causal) in [
+        (3, 20, 70, Some(7), None, true),
+        (1, 16, 90, Some(16), Some(3.0), true),
+        (2, 10, 40, Some(100), Some(0.5), true),
+        (8, 32, 37, Some(1), None, true),
+        (3, 24, 50, None, None, false),
+    ] {
+        let scene = scene(&mut random, 2, group, dim, length);
+        let heads = scene.heads;
+        let stride = heads * dim + 5;
+        let mut q = vec![f32::NAN; length * stride];
+        for row in 0..length {
+            q[row * stride..][..heads * dim].copy_from_slice(&scene.q[row * heads * dim..][..heads * dim]);
+        }
+        let call = Attend {
+            heads,
+            q_stride: stride,
+            scale: 0.3,
+            soft_cap,
+            window,
+        };
+        let places: Vec<RowPlace<'_>> = (0..length)
+            .map(|p| match causal {
+                true => RowPlace::causal(&scene.table, p),
+                false => RowPlace::whole(&scene.table, p, length),
+            })
+            .collect();
+        let run = |isa, threads, rows: std::ops::Range<usize>| {
+            let mut out = vec![f32::NAN; rows.len() * heads * dim];
+            let (places, q) = (&places[rows.clone()], &q[rows.start * stride..]);
+            attend_on(isa, &Pool::new(threads), &scene.kv, places, &call, q, &mut out);
+            out
+        };
+        let whole = run(Isa::Scalar, 1, 0..length);
+        for (row, got) in whole.chunks(heads * dim).enumerate() {
+            for head in 0..heads {
+                let exact = scene.define(row, head, call.seen(&places[row]), &call);
+                for (got, exact) in got[head * dim..][..dim].iter().zip(exact) {
+                    assert!((f64::from(*got) - exact).abs() < 4e-6, "{got} {exact}");
+                }
+            }
+        }
+        for &isa in Isa::available() {
+            for threads in [1, 2] {
+                assert_eq!(bits(&run(isa, threads, 0..length)), bits(&whole), "{isa:?}");
+                let start = random.below(length);
+                let end = start + 1 + random.below(length - start);
+                let expected = bits(&whole[start * heads * dim..end * heads * dim]);
+                assert_eq!(bits(&run(isa, threads, start..end)), expected, "{isa:?} {start}..{end}");
+            }
+        }
+    }
+}
+
+impl Scene {
+    /// One head's output in f64.
+    fn define(&self, row: usize, head: usize, seen: std::ops::Range<usize>, call: &Attend) -> Vec<f64> {
+        let (kv_heads, dim) = (self.kv.kv_heads(), self.kv.head_dim());
+        let q = &self.q[(row * self.heads + head) * dim..][..dim];
+        let at = |p: usize| (p * kv_heads + head / (self.heads / kv_heads)) * dim;
+        let score = |p: usize| {
+            let products = (0..dim).map(|d| f64::from(q[d]) * f64::from(self.k[at(p) + d]));
+            let score = products.sum::<f64>() * f64::from(call.scale);
+            call.soft_cap.map_or(score, |cap| f64::from(cap) * (score / f64::from(cap)).tanh())
+        };
+        let weights: Vec<f64> = seen.clone().map(|p| score(p).exp()).collect();
+        let total: f64 = weights.iter().sum();
+        let value = |d| {
+            let parts = seen.clone().zip(&weights).map(|(p, weight)| weight * f64::from(self.v[at(p) + d]));
+            parts.sum::<f64>() / total
+        };
+        (0..dim).map(value).collect()
+    }
+}
+
+#[test]
+fn many_rows_are_written_like_one_and_blocks_travel() {
+    let mut random = Random::new(10);
+    let scene = scene(&mut random, 3, 1, 20, 300);
+    let mut kv = KvBlocks::new(scene.kv.blocks(), 3, 20);
+    let stride = 3 * 20 + 7;
+    let mut rows = vec![0.0; 2 * 300 * stride];
+    for p in 0..300 {
+        rows[p * stride..][..60].copy_from_slice(&scene.k[p * 60..][..60]);
+        rows[(300 + p) * stride..][..60].copy_from_slice(&scene.v[p * 60..][..60]);
+    }
+    let places: Vec<RowPlace<'_>> = (0..300).map(|p| RowPlace::causal(&scene.table, p)).collect();
+    let (k, v) = rows.split_at(300 * stride);
+    kv.write_rows(&Pool::new(2), &places, k, v, stride);
+    // Through a copy and through bytes, to the blocks in the opposite order.
+    let mut other = KvBlocks::new(kv.blocks(), 3, 20);
+    let reversed: Vec<u32> = scene.table.iter().rev().copied().collect();
+    for (from, to) in scene.table[..300_usize.div_ceil(BLOCK)].iter().zip(&reversed) {
+        let mut bytes = Vec::new();
+        kv.export(*from, &mut bytes);
+        assert_eq!(bytes.len(), kv.block_bytes());
+        assert_eq!(bytes.len(), KvBlocks::position_bytes(3, 20) * BLOCK);
+        other.import(*to, &bytes);
+    }
+    let spare = scene.table[300_usize.div_ceil(BLOCK)];
+    kv.copy_block(scene.table[0], spare);
+    let mut copied = scene.table.clone();
+    copied[0] = spare;
+    let run = |kv: &KvBlocks, table: &[u32]| {
+        let mut out = vec![0.0; 60];
+        let call = Attend::plain(3, 20);
+        attend(&Pool::new(1), kv, &[RowPlace::causal(table, 299)], &call, &scene.q[299 * 60..], &mut out);
+        bits(&out)
+    };
+    let expected = run(&scene.kv, &scene.table);
+    assert_eq!(run(&kv, &copied), expected);
+    assert_eq!(run(&other, &reversed), expected);
 }
