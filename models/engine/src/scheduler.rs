@@ -120,6 +120,8 @@ pub struct Scheduler {
     running: Vec<Running>,
     waiting: Vec<Waiting>,
     arrivals: u64,
+    /// Who lacked blocks last, and how many there were then: with no more than that there is no need to look again.
+    blocked: Option<(Rank, usize)>,
     /// Copies that the plan needs, to be made in this order before anything is computed.
     copies: Vec<(BlockId, BlockId)>,
     sampler: Sampler,
@@ -151,6 +153,7 @@ impl Scheduler {
             running: Vec::with_capacity(max_sequences),
             waiting: Vec::with_capacity(max_sequences + options.max_waiting),
             arrivals: 0,
+            blocked: None,
             copies: Vec::with_capacity(max_sequences),
             sampler: Sampler::new(),
             logits: Vec::new(),
