@@ -381,6 +381,49 @@ mod tests {
         assert_eq!(read.unwrap(), Some(event));
     }
 
+    /// A request that asks for nothing new is written as before, and one from before is read.
+    #[test]
+    fn what_is_neutral_is_not_written() {
+        let start = StartAttempt {
+            attempt: attempt(),
+            prompt: vec![1, 2],
+            ..StartAttempt::default()
+        };
+        let plain = encode(&EngineCommand::Start(start.clone())).unwrap();
+        let has = |frame: &[u8], name: &str| {
+            frame
+                .windows(name.len())
+                .any(|part| part == name.as_bytes())
+        };
+        let names = [
+            "priority",
+            "fork_of",
+            "cache_salt",
+            "logit_bias",
+            "allowed_token_ids",
+            "speculate",
+        ];
+        assert!(!names.iter().any(|name| has(&plain, name)));
+        let read = FrameReader::new(&plain[..]).read::<EngineCommand>();
+        assert_eq!(read.unwrap(), Some(EngineCommand::Start(start.clone())));
+        let full = EngineCommand::Start(StartAttempt {
+            priority: -4,
+            fork_of: Some(attempt()),
+            cache_salt: u128::MAX,
+            sampling: SamplingParams {
+                logit_bias: vec![(3, -1.5)],
+                allowed_token_ids: Some(vec![3, 9]),
+                speculate: 7,
+                ..SamplingParams::default()
+            },
+            ..start
+        });
+        let frame = encode(&full).unwrap();
+        assert!(names.iter().all(|name| has(&frame, name)));
+        let read = FrameReader::new(&frame[..]).read::<EngineCommand>();
+        assert_eq!(read.unwrap(), Some(full));
+    }
+
     #[test]
     fn a_length_above_the_limit_is_refused_before_its_body_arrives() {
         let mut decoder = FrameDecoder::new();

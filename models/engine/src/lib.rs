@@ -5,7 +5,7 @@
 //!       <─events──         <──tokens────  sampler  <──logits──
 //! ```
 //!
-//! The engine side works on token ids only ([`frame`], [`codec`], [`sequence`], [`scheduler`], [`sampler`], [`server`]).
+//! The engine side works on token ids only ([`frame`], [`codec`], [`sequence`], [`blocks`], [`scheduler`], [`sampler`], [`server`]).
 //! The text side ([`model_dir`], [`tokenizer`], [`chat`], [`detokenizer`], [`stop`]) runs in the gateway, folded over the
 //! committed token ids.
 //!

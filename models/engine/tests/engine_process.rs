@@ -237,6 +237,49 @@ fn every_step_is_reported_with_the_prompt_tokens_it_ran() {
     );
 }
 
+/// A cache of 6 blocks for two requests of 4 each: one has to wait for the other, and both say what they say alone.
+#[test]
+fn a_small_cache_is_shared_and_the_heartbeat_says_how() {
+    let cache = ["--kv-blocks", "6", "--max-sequences", "2"];
+    // Slow enough for both to meet.
+    let options = [&cache[..], &["--step-delay-us", "2000"]].concat();
+    let (mut engine, info) = Engine::ready(&options);
+    assert_eq!(info.kv_capacity_tokens, 96);
+    let starts = [1, 2].map(|request| StartAttempt {
+        prompt: vec![request as u32; 20],
+        sampling: SamplingParams {
+            max_tokens: 44,
+            speculate: 4,
+            ..SamplingParams::default()
+        },
+        ..attempt(request, 1)
+    });
+    for start in &starts {
+        engine.send(&EngineCommand::Start(start.clone()));
+    }
+    let mut tokens: Vec<StepToken> = Vec::new();
+    engine.wait_for(|event| {
+        if let EngineEvent::Step { tokens: new, .. } = event {
+            tokens.extend(new);
+        }
+        (tokens.len() == 88).then_some(())
+    });
+    let health = engine.wait_for(|event| match event {
+        EngineEvent::Heartbeat(health) if !health.busy => Some(health),
+        _ => None,
+    });
+    assert_eq!((health.kv_blocks_used, health.kv_blocks_total), (0, 6));
+    assert!(health.kv_blocks_cached > 0 && health.preemptions > 0);
+    assert!(health.prefix_hit_tokens > 0, "of what was preempted");
+    for start in starts {
+        let (mut alone, _) = Engine::ready(&[]);
+        alone.send(&EngineCommand::Start(start.clone()));
+        let mine = tokens.iter().filter(|token| token.attempt == start.attempt);
+        let mine: Vec<StepToken> = mine.cloned().collect();
+        assert_eq!(timeless(&mine), timeless(&alone.tokens_to_the_end()));
+    }
+}
+
 #[test]
 fn the_first_token_says_how_long_its_attempt_waited_for_a_slot() {
     let (mut engine, _) = Engine::ready(&["--max-sequences", "1", "--step-delay-us", "2000"]);

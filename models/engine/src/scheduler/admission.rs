@@ -19,6 +19,16 @@ enum Prefix {
     Known { positions: usize },
 }
 
+/// Whose prompt a fork may share.
+enum Leader {
+    /// Nobody's that is here.
+    None,
+    /// It is not computed yet, and worth waiting for.
+    Pending,
+    /// That of the running sequence at this place.
+    Ready(usize),
+}
+
 impl Scheduler {
     /// Puts an attempt into the queue, at the place of its rank.
     pub(super) fn enqueue(&mut self, waiting: Waiting) {
@@ -35,7 +45,10 @@ impl Scheduler {
             let rank = waiting.rank;
             let full = self.running.len() >= self.max_sequences;
             let displaceable = self.displaceable(rank);
-            if full && displaceable == 0 {
+            let as_before = self
+                .blocked
+                .is_some_and(|(blocked, had)| blocked == rank && self.blocks.available() <= had);
+            if displaceable == 0 && (full || as_before) {
                 return;
             }
             let Prefix::Known { positions } = self.find_prefix(index) else {
@@ -44,6 +57,7 @@ impl Scheduler {
             };
             let needed = self.blocks_needed(index, positions);
             if needed > self.blocks.available() + self.blocks_of_last(displaceable) {
+                self.blocked = Some((rank, self.blocks.available()));
                 return;
             }
             if full || needed > self.blocks.available() {
@@ -97,8 +111,12 @@ impl Scheduler {
 
     /// Fills `hits` with the blocks that hold the beginning of a waiting sequence.
     fn find_prefix(&mut self, index: usize) -> Prefix {
-        let Waiting { rank, sequence, .. } = &mut self.waiting[index];
-        let rank = *rank;
+        let leader = match self.find_leader(index) {
+            Leader::Pending => return Prefix::Pending,
+            Leader::Ready(place) => Some(place),
+            Leader::None => None,
+        };
+        let sequence = &mut self.waiting[index].sequence;
         self.hits.clear();
         for place in 0..sequence.cacheable_blocks() {
             let hash = sequence.hash(place, &self.blocks);
@@ -108,36 +126,41 @@ impl Scheduler {
             }
         }
         let positions = self.hits.len() * BLOCK;
-        self.find_leader(index, rank, positions)
-            .unwrap_or(Prefix::Known { positions })
+        let forked = sequence.forkable_len();
+        match leader {
+            Some(leader) if forked > positions => {
+                let table = &self.running[leader].table;
+                self.hits.clear();
+                self.hits.extend(&table[..forked.div_ceil(BLOCK)]);
+                Prefix::Known { positions: forked }
+            }
+            _ => Prefix::Known { positions },
+        }
     }
 
-    /// What a fork may take from the attempt that it is a fork of, if that is more than `positions`.
-    fn find_leader(&mut self, index: usize, rank: Rank, positions: usize) -> Option<Prefix> {
-        let fork = &self.waiting[index].sequence;
-        let named = fork.fork_of()?;
+    fn find_leader(&self, index: usize) -> Leader {
+        let Waiting { rank, sequence, .. } = &self.waiting[index];
+        let Some(named) = sequence.fork_of() else {
+            return Leader::None;
+        };
         let is_leader =
-            |sequence: &Sequence| sequence.attempt() == named && sequence.shares_prompt_with(fork);
-        let waits = |before: Rank| before < rank;
+            |other: &Sequence| other.attempt() == named && other.shares_prompt_with(sequence);
         // Only one that stands before it is waited for: that one gets on whatever this one does.
         let queued = &self.waiting[..index];
         if queued.iter().any(|leader| is_leader(&leader.sequence)) {
-            return Some(Prefix::Pending);
+            return Leader::Pending;
         }
-        let leader = self
+        let place = self
             .running
             .iter()
-            .find(|leader| is_leader(&leader.sequence))?;
-        if !leader.sequence.has_prompt_computed() {
-            return waits(leader.rank).then_some(Prefix::Pending);
+            .position(|leader| is_leader(&leader.sequence));
+        match place {
+            Some(place) if self.running[place].sequence.has_prompt_computed() => {
+                Leader::Ready(place)
+            }
+            Some(place) if self.running[place].rank < *rank => Leader::Pending,
+            _ => Leader::None,
         }
-        let shared = fork.forkable_len();
-        if shared <= positions {
-            return None;
-        }
-        self.hits.clear();
-        self.hits.extend(&leader.table[..shared.div_ceil(BLOCK)]);
-        Some(Prefix::Known { positions: shared })
     }
 
     /// How many of the available blocks it takes to let a sequence run that finds so many positions computed.

@@ -108,6 +108,39 @@ fn requests_that_cannot_be_served_say_why() {
             with(&|s| s.sampling.stop_token_ids = vec![48]),
             "stop token id 48",
         ),
+        (with(&|s| s.sampling.speculate = 17), "speculate is 17"),
+        (
+            with(&|s| s.sampling.logit_bias = vec![(48, 1.0)]),
+            "token id 48",
+        ),
+        (
+            with(&|s| s.sampling.logit_bias = vec![(4, 100.5)]),
+            "-100 to 100",
+        ),
+        (
+            with(&|s| s.sampling.logit_bias = vec![(4, f32::NAN)]),
+            "token id 4",
+        ),
+        (
+            with(&|s| s.sampling.logit_bias = vec![(4, 1.0), (5, 1.0), (4, 1.0)]),
+            "4 twice",
+        ),
+        (
+            with(&|s| s.sampling.logit_bias = vec![(4, 1.0); 1025]),
+            "1025 entries",
+        ),
+        (
+            with(&|s| s.sampling.allowed_token_ids = Some(vec![])),
+            "allowed_token_ids is empty",
+        ),
+        (
+            with(&|s| s.sampling.allowed_token_ids = Some(vec![1, 48])),
+            "token id 48",
+        ),
+        (
+            with(&|s| s.sampling.allowed_token_ids = Some(vec![1; 49])),
+            "49 entries",
+        ),
     ];
     for (start, part) in cases {
         let mut lab = Lab::new(model(), SchedulerOptions::default());

@@ -232,13 +232,30 @@ impl World {
         Some((first.attempt(), first.known_len(), first.computed()))
     }
 
+    /// Commands come between a plan and its step, too.
+    fn step_interrupted(&mut self, lab: usize) -> Result<(), String> {
+        self.labs[lab].scheduler.plan();
+        match self.dice.throw(4) {
+            0 => self.start_some(),
+            1 => self.cancel_one(),
+            2 => self.resume_one(),
+            _ => self.carry_some()?,
+        }
+        self.run_planned(lab, false)
+    }
+
     fn step_once(&mut self, lab: usize) -> Result<(), String> {
+        let had_work = self.labs[lab].scheduler.has_work();
+        self.labs[lab].scheduler.plan();
+        self.run_planned(lab, had_work)
+    }
+
+    fn run_planned(&mut self, lab: usize, had_work: bool) -> Result<(), String> {
         self.steps += 1;
         let Lab {
             scheduler, runner, ..
         } = &mut self.labs[lab];
-        let had_work = scheduler.has_work();
-        let outcome = scheduler.step(runner).map_err(|error| error.to_string())?;
+        let outcome = scheduler.run(runner).map_err(|error| error.to_string())?;
         let tables = scheduler.running.iter().map(|r| r.table.as_slice());
         scheduler.blocks.verify(tables)?;
         let Some(outcome) = outcome else {
@@ -269,11 +286,15 @@ impl World {
     }
 
     fn act(&mut self) -> Result<(), String> {
-        match self.dice.throw(12) {
+        match self.dice.throw(13) {
             0..=2 => self.start_some(),
             3 => self.cancel_one(),
             4 => self.resume_one(),
             5 => self.carry_some()?,
+            6 => {
+                let lab = self.dice.throw(2);
+                self.step_interrupted(lab)?;
+            }
             _ => {
                 let lab = self.dice.throw(2);
                 self.step(lab)?;
