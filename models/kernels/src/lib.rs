@@ -11,6 +11,7 @@
 //! Batch, neighbours, threads, registers and storage layout choose *when* and *where* an element is computed, never *how*.
 //! The tests compare every instruction set of the machine with the scalar path, bit for bit.
 
+pub mod activation;
 pub mod attention;
 pub mod buffer;
 pub mod elementwise;
@@ -22,15 +23,21 @@ pub mod math;
 pub mod pool;
 mod product;
 pub mod rope;
+pub mod rows;
 #[cfg(test)]
 mod testing;
 
 pub use attention::{Attend, RowPlace, attend};
+pub use activation::{Activation, activate, gated, soft_cap};
 pub use buffer::{Buffer, Bytes, SharedMemory};
-pub use elementwise::{add, exp_slice, rms_norm, rotate, silu_mul};
+pub use elementwise::{
+    add, add_rms_norm, exp_slice, layer_norm, rms_norm, rms_norm_heads, rotate, rotate_heads,
+    silu_mul,
+};
 pub use isa::Isa;
 pub use kv::{BLOCK, KvBlocks};
 pub use lanes::{bf16_to_f32, f16_to_f32, f32_to_bf16, f32_to_f16};
 pub use linear::{PackedLinear, RowSource, WeightFormat, WeightSlice};
-pub use math::{exp, ln};
+pub use math::{erf, exp, gelu_erf, gelu_tanh, ln, tanh};
 pub use pool::Pool;
+pub use rows::{Columns, ColumnsMut};

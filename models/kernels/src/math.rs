@@ -82,6 +82,59 @@ pub fn ln(x: f32) -> f32 {
     k.mul_add(LN2_HI, tail - half_square + f)
 }
 
+/// Below this magnitude `1 - 2 / (e^2x + 1)` loses digits, and a polynomial does better.
+const TANH_SMALL: f32 = 0.625;
+
+/// Hyperbolic tangent, within 3 units of the last place; NaN stays NaN. Both halves are computed and one is taken, without a branch.
+///
+/// The polynomial is that of the Cephes library's `tanhf`.
+#[inline(always)]
+#[must_use]
+pub fn tanh(x: f32) -> f32 {
+    let magnitude = x.abs();
+    let large = 1.0 - 2.0 / (exp(magnitude + magnitude) + 1.0);
+    let z = x * x;
+    let p = -5.704_988_7e-3_f32;
+    let p = p.mul_add(z, 2.063_908_8e-2);
+    let p = p.mul_add(z, -5.373_971_6e-2);
+    let p = p.mul_add(z, 1.333_144_2e-1);
+    let p = p.mul_add(z, -3.333_328e-1);
+    let small = (p * z).mul_add(magnitude, magnitude);
+    let value = if magnitude < TANH_SMALL { small } else { large };
+    value.copysign(x)
+}
+
+/// Error function, within 5e-7; NaN stays NaN. Abramowitz and Stegun, 7.1.26.
+#[inline(always)]
+#[must_use]
+pub fn erf(x: f32) -> f32 {
+    let magnitude = x.abs();
+    let t = 1.0 / 0.327_591_1_f32.mul_add(magnitude, 1.0);
+    let p = 1.061_405_4_f32;
+    let p = p.mul_add(t, -1.453_152_1);
+    let p = p.mul_add(t, 1.421_413_8);
+    let p = p.mul_add(t, -0.284_496_72);
+    let p = p.mul_add(t, 0.254_829_6);
+    let value = (-p * t).mul_add(exp(-(magnitude * magnitude)), 1.0);
+    value.copysign(x)
+}
+
+/// `x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) / 2`.
+#[inline(always)]
+#[must_use]
+pub fn gelu_tanh(x: f32) -> f32 {
+    const SQRT_2_OVER_PI: f32 = 0.797_884_6;
+    let cubic = (0.044_715 * x * x).mul_add(x, x);
+    0.5 * x * (1.0 + tanh(SQRT_2_OVER_PI * cubic))
+}
+
+/// `x (1 + erf(x / sqrt(2))) / 2`.
+#[inline(always)]
+#[must_use]
+pub fn gelu_erf(x: f32) -> f32 {
+    0.5 * x * (1.0 + erf(x * std::f32::consts::FRAC_1_SQRT_2))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -148,5 +201,61 @@ mod tests {
         assert!(ln(-1.0).is_nan());
         assert!(ln(f32::NAN).is_nan());
         assert!((ln(f32::from_bits(1)) + 103.278_93).abs() < 1e-4);
+    }
+
+    /// `erf` in f64: its Taylor series below 3, from there on a continued fraction.
+    fn erf_exact(x: f64) -> f64 {
+        let z = x.abs();
+        let value = if z < 3.0 {
+            let (mut term, mut sum) = (z, z);
+            for n in 1..200 {
+                term *= -z * z / f64::from(n);
+                sum += term / f64::from(2 * n + 1);
+            }
+            sum * std::f64::consts::FRAC_2_SQRT_PI
+        } else {
+            let fraction = (1..60)
+                .rev()
+                .fold(z, |tail, n| z + f64::from(n) / 2.0 / tail);
+            1.0 - (-z * z).exp() / (fraction * std::f64::consts::PI.sqrt())
+        };
+        value.copysign(x)
+    }
+
+    #[test]
+    fn tanh_is_within_three_ulps_everywhere() {
+        let mut worst = (0.0, 0.0);
+        for x in floats(1009).filter(|x| x.is_finite() && x.abs() > 1e-30) {
+            let error = ulps(tanh(x), f64::from(x).tanh());
+            if error > worst.0 {
+                worst = (error, x);
+            }
+        }
+        println!("tanh: worst {} ulp at {}", worst.0, worst.1);
+        assert!(worst.0 <= 3.0, "{worst:?}");
+        assert_eq!(tanh(0.0).to_bits(), 0);
+        assert_eq!(tanh(-0.0).to_bits(), (-0.0_f32).to_bits());
+        assert_eq!(tanh(f32::NEG_INFINITY), -1.0);
+        assert!(tanh(f32::NAN).is_nan());
+    }
+
+    #[test]
+    fn erf_and_gelu_are_near_their_definitions() {
+        for i in -80_000..=80_000 {
+            let x = i as f32 * 1e-4;
+            let exact = f64::from(x);
+            let error = (f64::from(erf(x)) - erf_exact(exact)).abs();
+            assert!(error < 5e-7, "erf {x}: {error}");
+            let gelu = 0.5 * exact * (1.0 + erf_exact(exact / 2.0_f64.sqrt()));
+            assert!((f64::from(gelu_erf(x)) - gelu).abs() < 2e-6, "gelu_erf {x}");
+            let inner = (2.0 / std::f64::consts::PI).sqrt() * (exact + 0.044_715 * exact.powi(3));
+            let gelu = 0.5 * exact * (1.0 + inner.tanh());
+            assert!(
+                (f64::from(gelu_tanh(x)) - gelu).abs() < 2e-6,
+                "gelu_tanh {x}"
+            );
+        }
+        assert_eq!((erf(10.0), erf(f32::NEG_INFINITY)), (1.0, -1.0));
+        assert!(erf(f32::NAN).is_nan());
     }
 }

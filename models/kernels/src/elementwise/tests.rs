@@ -78,7 +78,10 @@ fn rotate_keeps_lengths_and_is_the_same_everywhere() {
         let sin: Vec<f32> = angles.iter().map(|a| a.sin()).collect();
         let y = same_on_every_path(x.len(), |isa, y| {
             y.copy_from_slice(&x);
-            unsafe { rotate_isa(isa, y, heads, &cos, &sin, half) }
+            let rows = y.chunks_mut(heads * 2 * half);
+            for ((y, cos), sin) in rows.zip(cos.chunks(half)).zip(sin.chunks(half)) {
+                unsafe { rotate_isa(isa, y, 2 * half, cos, sin) }
+            }
         });
         for (i, (before, after)) in x.chunks(2 * half).zip(y.chunks(2 * half)).enumerate() {
             for j in 0..half {
@@ -112,4 +115,103 @@ fn slices_of_exp_and_add_match_the_scalars() {
     let mut sum = x[..1000].to_vec();
     add(&x[..1000], &mut sum);
     assert!(sum.iter().zip(&x).all(|(s, v)| *s == v + v));
+}
+
+#[test]
+fn layer_norm_is_right_and_the_same_everywhere() {
+    let mut random = Random::new(5);
+    for size in [1, 3, 16, 17, 100, 577] {
+        let (x, w, b) = (
+            random.values(5 * size),
+            random.values(size),
+            random.values(size),
+        );
+        for bias in [None, Some(&b[..])] {
+            let y = same_on_every_path(x.len(), |isa, y| unsafe {
+                layer_norm_isa(isa, &x, &w, bias, 1e-5, y)
+            });
+            for (x, y) in x.chunks(size).zip(y.chunks(size)) {
+                let of = |f: &dyn Fn(f64) -> f64| {
+                    x.iter().map(|v| f(f64::from(*v))).sum::<f64>() / size as f64
+                };
+                let mean = of(&|v| v);
+                let variance = of(&|v| (v - mean).powi(2));
+                for i in 0..size {
+                    let exact = (f64::from(x[i]) - mean) / (variance + 1e-5).sqrt()
+                        * f64::from(w[i])
+                        + bias.map_or(0.0, |b| f64::from(b[i]));
+                    assert!((f64::from(y[i]) - exact).abs() < 4e-6, "{} {exact}", y[i]);
+                }
+            }
+            for threads in [1, 2] {
+                let mut again = vec![0.0; x.len()];
+                layer_norm(&Pool::new(threads), &x, &w, bias, 1e-5, &mut again);
+                assert_eq!(bits(&again), bits(&y));
+            }
+        }
+    }
+}
+
+#[test]
+fn the_fused_residual_norm_is_an_addition_and_a_norm() {
+    let mut random = Random::new(6);
+    for (rows, size) in [(1, 1), (3, 17), (70, 576)] {
+        let (x, y, w) = (
+            random.values(rows * size),
+            random.values(rows * size),
+            random.values(size),
+        );
+        let (mut sum, mut norm) = (x.clone(), vec![0.0; x.len()]);
+        add(&y, &mut sum);
+        rms_norm(&Pool::new(1), &sum, &w, 1e-6, &mut norm);
+        for &isa in Isa::available() {
+            let (mut x, mut out) = (x.clone(), vec![0.0; x.len()]);
+            unsafe { add_rms_norm_isa(isa, &y, &mut x, &w, 1e-6, &mut out) };
+            assert_eq!((bits(&x), bits(&out)), (bits(&sum), bits(&norm)), "{isa:?}");
+        }
+        for threads in [1, 2] {
+            let (mut x, mut out) = (x.clone(), vec![0.0; x.len()]);
+            add_rms_norm(&Pool::new(threads), &y, &mut x, &w, 1e-6, &mut out);
+            assert_eq!((bits(&x), bits(&out)), (bits(&sum), bits(&norm)));
+        }
+    }
+}
+
+#[test]
+fn heads_inside_fused_rows_are_normed_and_turned_in_place() {
+    let mut random = Random::new(7);
+    let (rows, stride, first, heads) = (41, 700, 13, 5);
+    for (head_dim, half) in [(2, 1), (20, 10), (64, 32), (64, 8), (96, 24)] {
+        let columns = first..first + heads * head_dim;
+        let (x, w) = (random.values(rows * stride), random.values(head_dim));
+        let (cos, sin) = (random.values(rows * half), random.values(rows * half));
+        let mut expected = x.clone();
+        for (row, x) in expected.chunks_mut(stride).enumerate() {
+            for head in x[columns.clone()].chunks_mut(head_dim) {
+                let before = head.to_vec();
+                rms_norm(&Pool::new(1), &before, &w, 1e-6, head);
+                let (cos, sin) = (&cos[row * half..][..half], &sin[row * half..][..half]);
+                rotate(&mut head[..2 * half], 1, cos, sin, half);
+            }
+        }
+        for &isa in Isa::available() {
+            let mut got = x.clone();
+            for (row, x) in got.chunks_mut(stride).enumerate() {
+                let (cos, sin) = (&cos[row * half..][..half], &sin[row * half..][..half]);
+                unsafe {
+                    rms_norm_in_place_isa(isa, &mut x[columns.clone()], &w, 1e-6);
+                    rotate_isa(isa, &mut x[columns.clone()], head_dim, cos, sin);
+                }
+            }
+            assert_eq!(bits(&got), bits(&expected), "{isa:?}");
+        }
+        for threads in [1, 2] {
+            let (pool, mut got) = (Pool::new(threads), x.clone());
+            let part = ColumnsMut::of(&mut got, stride, columns.clone());
+            rms_norm_heads(&pool, part, &w, 1e-6);
+            let part = ColumnsMut::of(&mut got, stride, columns.clone());
+            rotate_heads(&pool, part, head_dim, &cos, &sin);
+            assert_eq!(bits(&got), bits(&expected), "{threads} threads");
+        }
+    }
 }
