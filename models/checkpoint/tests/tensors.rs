@@ -1,8 +1,11 @@
 //! Descriptions against checkpoints: names of either form, rows through patterns, and tensors that nobody asked for.
 
 mod common;
+#[path = "common/files.rs"]
+mod files;
 
-use common::{Scratch, Tensor, counting, write};
+use common::Scratch;
+use files::{Tensor, counting, write};
 use serde_json::{Value, json};
 use understudy_checkpoint::reader::StoredType;
 use understudy_checkpoint::spec::{BiasPart, LinearSpec, RowPattern, WeightPart};
@@ -46,13 +49,16 @@ fn checkpoint(spec: &ModelSpec, rename: impl Fn(&str) -> String) -> (Scratch, Ch
     (scratch, checkpoint)
 }
 
+/// One way to write the names of a checkpoint.
+type Rename<'a> = &'a dyn Fn(&str) -> String;
+
 #[test]
 fn names_of_either_form_are_found() {
     let old_norms = |name: &str| {
         let name = name.replace("LayerNorm.weight", "LayerNorm.gamma");
         name.replace("LayerNorm.bias", "LayerNorm.beta")
     };
-    let cases: [(Value, &dyn Fn(&str) -> String); 5] = [
+    let cases: [(Value, Rename<'_>); 5] = [
         (gpt2(), &|name| name.to_owned()),
         (gpt2(), &|name| name.replace("transformer.", "")),
         (bert(), &|name| name.replace("bert.", "")),
@@ -95,7 +101,7 @@ fn tensors_that_nobody_asks_for_are_refused_with_the_key_that_would() {
             "model.layers.2.mlp.up_proj.weight",
             "num_hidden_layers is 2",
         ),
-        (llama(), "model.layers.0.self_attn.bias", "attention_bias"),
+        (llama(), "model.layers.0.attn.bias", "architectures"),
         (
             gpt2(),
             "transformer.h.1.ln_1.weight",
