@@ -4,6 +4,8 @@
 
 pub mod error;
 pub mod families;
+#[cfg(feature = "hub")]
+pub mod hub;
 pub mod keys;
 mod names;
 pub mod reader;

@@ -5,10 +5,10 @@
 use std::path::Path;
 
 use understudy_checkpoint::Checkpoint;
-use crate::interim::attention::RowPlace;
-use crate::interim::ops;
+use understudy_kernels as ops;
+use understudy_kernels::KvBlocks;
+use understudy_kernels::RowPlace;
 use understudy_kernels::{BLOCK, Pool};
-use crate::interim::attention::KvBlocks;
 
 use crate::breakdown::Stopwatch;
 use crate::forward::{Arena, StepRows, forward, kernel};
@@ -36,7 +36,10 @@ impl<'a> Input<'a> {
     /// One text.
     #[must_use]
     pub fn text(ids: &'a [u32]) -> Self {
-        Self { ids, second: ids.len() }
+        Self {
+            ids,
+            second: ids.len(),
+        }
     }
 
     /// Two texts; the second begins at `second`.
@@ -125,10 +128,18 @@ impl Encoder {
             .iter()
             .flat_map(|tokens| 0..tokens.len())
             .collect();
-        let types = self.model.spec.embedding.token_types.as_ref().map_or(1, |(_, types)| *types);
+        let types = self
+            .model
+            .spec
+            .embedding
+            .token_types
+            .as_ref()
+            .map_or(1, |(_, types)| *types);
         let token_types: Vec<usize> = inputs
             .iter()
-            .flat_map(|input| (0..input.ids.len()).map(|at| usize::from(at >= input.second).min(types - 1)))
+            .flat_map(|input| {
+                (0..input.ids.len()).map(|at| usize::from(at >= input.second).min(types - 1))
+            })
             .collect();
         let causal = self
             .model

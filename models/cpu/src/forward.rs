@@ -4,10 +4,7 @@
 //! that is no larger than an earlier one allocates nothing.
 
 use understudy_checkpoint::spec::Activation;
-use crate::interim::attention::{Attend, RowPlace, attend};
-use crate::interim::ops::{self, Heads};
-use understudy_kernels::Pool;
-use crate::interim::attention::KvBlocks;
+use understudy_kernels::{self as ops, Attend, ColumnsMut, KvBlocks, Pool, RowPlace, attend};
 
 use crate::breakdown::{Part, Stopwatch};
 use crate::model::{Attention, Experts, FeedForward, Layer, Linear, Mlp, Model, Norm, Norms};
@@ -159,7 +156,7 @@ fn angles(model: &Model, arena: &mut Arena, positions: &[usize]) {
 
 fn normalise(pool: &Pool, norm: &Norm, x: &[f32], y: &mut [f32]) {
     if norm.layer {
-        ops::layer_norm(pool, x, &norm.weight, &norm.bias, norm.eps, y);
+        ops::layer_norm(pool, x, &norm.weight, norm.bias.as_deref(), norm.eps, y);
     } else {
         ops::rms_norm(pool, x, &norm.weight, norm.eps, y);
     }
@@ -257,38 +254,21 @@ impl LayerCall<'_> {
     /// Norms and rotary embedding of queries and keys, in place.
     fn turn(&self, attention: &Attention, qkv: &mut [f32], angles: &[(Vec<f32>, Vec<f32>)]) {
         let spec = &attention.spec;
-        let queries = Heads {
-            stride: spec.qkv.outputs,
-            offset: 0,
-            heads: spec.heads,
-            head_dim: spec.head_dim,
-        };
-        let keys = Heads {
-            offset: spec.heads * spec.head_dim,
-            heads: spec.kv_heads,
-            ..queries
-        };
+        let (stride, q_size) = (spec.qkv.outputs, spec.heads * spec.head_dim);
+        let k_end = q_size + spec.kv_heads * spec.head_dim;
         if let Some(norm) = &attention.q_norm {
-            ops::rms_norm_heads(self.pool, qkv, queries, &norm.weight, norm.eps);
+            let queries = ColumnsMut::of(qkv, stride, 0..q_size);
+            ops::rms_norm_heads(self.pool, queries, &norm.weight, norm.eps);
         }
         if let Some(norm) = &attention.k_norm {
-            ops::rms_norm_heads(self.pool, qkv, keys, &norm.weight, norm.eps);
+            let keys = ColumnsMut::of(qkv, stride, q_size..k_end);
+            ops::rms_norm_heads(self.pool, keys, &norm.weight, norm.eps);
         }
         if let Some(rope) = spec.rope {
             let (cos, sin) = &angles[rope];
             // Keys stand right behind the queries: one pass turns both.
-            let both = Heads {
-                heads: spec.heads + spec.kv_heads,
-                ..queries
-            };
-            ops::rotate_heads(
-                self.pool,
-                qkv,
-                both,
-                cos,
-                sin,
-                self.model.ropes[rope].rotary_dim,
-            );
+            let both = ColumnsMut::of(qkv, stride, 0..k_end);
+            ops::rotate_heads(self.pool, both, spec.head_dim, cos, sin);
         }
     }
 
@@ -344,9 +324,9 @@ impl LayerCall<'_> {
         match &norms.output {
             Some(norm) => {
                 normalise(self.pool, norm, delta, sized(normed, size));
-                ops::add_rows(self.pool, &normed[..size], &mut x[..size]);
+                ops::add(&normed[..size], &mut x[..size]);
             }
-            None => ops::add_rows(self.pool, delta, &mut x[..size]),
+            None => ops::add(delta, &mut x[..size]),
         }
         if let Some(norm) = &norms.sum {
             normalise(self.pool, norm, &x[..size], sized(normed, size));
@@ -417,7 +397,7 @@ fn dense(
     let activation = kernel(mlp.activation);
     let inner = if mlp.gated {
         let inner = sized(inner, rows * width / 2);
-        ops::activate_gated(pool, activation, up, width / 2, inner);
+        ops::gated(pool, activation, up, width / 2, inner);
         inner
     } else {
         ops::activate(pool, activation, up);
@@ -509,7 +489,7 @@ fn experts(
 
 /// The `top_k` best experts of a row with their weights, to `order`: softmax over all, ties to the lowest number.
 fn route(mixture: &Experts, scores: &mut [f32], order: &mut Vec<(f32, u32)>) {
-    ops::softmax_row(scores);
+    softmax(scores);
     order.clear();
     order.extend(scores.iter().copied().zip(0..));
     order.sort_unstable_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
@@ -518,4 +498,13 @@ fn route(mixture: &Experts, scores: &mut [f32], order: &mut Vec<(f32, u32)>) {
         let sum: f32 = order.iter().map(|(weight, _)| weight).sum();
         order.iter_mut().for_each(|(weight, _)| *weight /= sum);
     }
+}
+
+/// Softmax in place, summed in order: rows of experts are short.
+fn softmax(scores: &mut [f32]) {
+    let max = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    scores.iter_mut().for_each(|score| *score -= max);
+    ops::exp_slice(scores);
+    let sum: f32 = scores.iter().sum();
+    scores.iter_mut().for_each(|score| *score /= sum);
 }

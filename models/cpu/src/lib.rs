@@ -12,7 +12,6 @@ mod checksum;
 pub mod encoder;
 mod forward;
 pub mod load;
-mod interim;
 mod memory;
 mod model;
 pub mod options;

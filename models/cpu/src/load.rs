@@ -12,8 +12,8 @@ use understudy_engine_core::model_dir::{ModelDir, ModelDirError};
 use understudy_engine_core::runner::ModelInfo;
 use understudy_engine_core::sampler::SAMPLING_NUMERICS;
 use understudy_engine_core::tokenizer::{TextTokenizer, TokenizerError};
+use understudy_kernels::KvBlocks;
 use understudy_kernels::{BLOCK, Pool};
-use crate::interim::attention::KvBlocks;
 
 use crate::memory::{KvDemand, available_bytes};
 use crate::model::Model;

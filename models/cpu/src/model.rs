@@ -1,9 +1,8 @@
 //! A model with its weights in place: the specification's parts, each beside what it computes with.
 
 use understudy_checkpoint::spec::{
-    Activation, AttentionSpec,  DenseMlp, LinearSpec, MlpSpec, ModelSpec, NormKind,
-    NormSpec, OutputSpec, ResidualNorms,
-    RowPattern, WeightPart,
+    Activation, AttentionSpec, DenseMlp, LinearSpec, MlpSpec, ModelSpec, NormKind, NormSpec,
+    OutputSpec, ResidualNorms, RowPattern, WeightPart,
 };
 use understudy_checkpoint::{Checkpoint, TensorError};
 use understudy_kernels::PackedLinear;
@@ -20,8 +19,8 @@ pub struct Linear {
 pub struct Norm {
     pub layer: bool,
     pub weight: Vec<f32>,
-    /// Zeros where a LayerNorm has none; empty for RMS.
-    pub bias: Vec<f32>,
+    /// Of a LayerNorm.
+    pub bias: Option<Vec<f32>>,
     pub eps: f32,
 }
 
@@ -214,9 +213,8 @@ impl Builder<'_> {
         }
         let layer = spec.kind == NormKind::Layer;
         let bias = match &spec.bias {
-            Some(bias) => self.checkpoint.vector(bias, spec.size)?,
-            None if layer => vec![0.0; spec.size],
-            None => Vec::new(),
+            Some(bias) => Some(self.checkpoint.vector(bias, spec.size)?),
+            None => None,
         };
         Ok(Some(Norm {
             layer,

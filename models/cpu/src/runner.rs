@@ -8,10 +8,10 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use understudy_engine_core::runner::{
     BlockId, Chunk, ModelInfo, ModelRunner, StepError, Ticks, panic_text,
 };
-use crate::interim::attention::RowPlace;
-use crate::interim::ops;
+use understudy_kernels as ops;
+use understudy_kernels::KvBlocks;
+use understudy_kernels::RowPlace;
 use understudy_kernels::{BLOCK, Pool};
-use crate::interim::attention::KvBlocks;
 
 use crate::breakdown::{Breakdown, Part, Stopwatch};
 use crate::forward::{Arena, StepRows, forward};
@@ -179,7 +179,7 @@ fn rows_to_logits(model: &Model, pool: &Pool, hidden: &[f32], rows: usize, logit
         ..
     } = model.spec.output
     {
-        ops::soft_cap(pool, cap, target);
+        ops::activate(pool, ops::Activation::SoftCap(cap), target);
     }
 }
 

@@ -66,7 +66,8 @@ impl Layout {
         };
         let embedding = embedding_matrix(spec);
         let plain = |map: &LinearSpec| -> Result<WeightFormat, TensorError> {
-            let stored = checkpoint.linear(map)?
+            let stored = checkpoint
+                .linear(map)?
                 .stored_type()
                 .unwrap_or(StoredType::F32);
             Ok(plain_format(dtype.of(stored)))

@@ -10,7 +10,7 @@ use std::hint::black_box;
 use std::time::Instant;
 
 use understudy_kernels::{
-    BLOCK, Isa, KvBlocks, PackedLinear, Pool, RowPlace, WeightFormat, attend,
+    Attend, BLOCK, Isa, KvBlocks, PackedLinear, Pool, RowPlace, WeightFormat, attend,
 };
 
 /// Median and smallest seconds of a call.
@@ -133,14 +133,12 @@ fn attention(pool: &Pool) {
     }
     for rows in [1, 16, 256] {
         let places: Vec<RowPlace<'_>> = (length - rows..length)
-            .map(|position| RowPlace {
-                table: &table,
-                position,
-            })
+            .map(|position| RowPlace::causal(&table, position))
             .collect();
         let q = vec![0.2; rows * heads * dim];
         let mut out = vec![0.0; q.len()];
-        let seconds = median(|| attend(pool, &kv, &places, heads, &q, &mut out));
+        let seconds =
+            median(|| attend(pool, &kv, &places, &Attend::plain(heads, dim), &q, &mut out));
         let flops = 4.0 * (rows * heads * dim * length) as f64;
         println!(
             "attention over {length} keys, {rows:>4} rows: {:>8.1} us, {:>6.0} GFLOP/s",

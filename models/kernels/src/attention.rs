@@ -199,7 +199,11 @@ fn check(isa: Isa, kv: &KvBlocks, places: &[RowPlace<'_>], call: &Attend, q: &[f
         q.len(),
         call.q_stride
     );
-    assert_eq!(out.len(), rows * heads * dim, "out of [{rows}, {heads}, {dim}]");
+    assert_eq!(
+        out.len(),
+        rows * heads * dim,
+        "out of [{rows}, {heads}, {dim}]"
+    );
     for place in places {
         let seen = call.seen(place);
         assert!(!seen.is_empty(), "position {} sees nothing", place.position);
@@ -295,7 +299,11 @@ struct Scores {
 
 /// `V` registers, `V * WIDTH / 16` blocks from `block` on.
 #[inline(always)]
-unsafe fn score_tile<L: Lanes, const R: usize, const V: usize>(job: &Scores, row: usize, block: usize) {
+unsafe fn score_tile<L: Lanes, const R: usize, const V: usize>(
+    job: &Scores,
+    row: usize,
+    block: usize,
+) {
     unsafe {
         let mut sums = [[L::splat(0.0); V]; R];
         for d in 0..job.dim {
@@ -313,7 +321,10 @@ unsafe fn score_tile<L: Lanes, const R: usize, const V: usize>(job: &Scores, row
         }
         for (r, sums) in sums.iter().enumerate() {
             for (v, sum) in sums.iter().enumerate() {
-                sum.store(job.scores.add((row + r) * job.stride + block * BLOCK + v * L::WIDTH));
+                sum.store(
+                    job.scores
+                        .add((row + r) * job.stride + block * BLOCK + v * L::WIDTH),
+                );
             }
         }
     }
@@ -410,7 +421,15 @@ impl Tile<'_> {
                 *target = value * self.call.scale;
             }
         }
-        unsafe { self.score(&self.table[first_block..end_block], rows, queries, scores, stride) };
+        unsafe {
+            self.score(
+                &self.table[first_block..end_block],
+                rows,
+                queries,
+                scores,
+                stride,
+            )
+        };
         let mut totals = [0.0; VECTORS];
         for (r, (vector, total)) in self.vectors.iter().zip(&mut totals).enumerate() {
             let own = &mut scores[r * stride..][vector.seen.start - base..vector.seen.end - base];
@@ -432,7 +451,14 @@ impl Tile<'_> {
         }
     }
 
-    unsafe fn score(&self, blocks: &[u32], rows: usize, queries: &[f32], scores: &mut [f32], stride: usize) {
+    unsafe fn score(
+        &self,
+        blocks: &[u32],
+        rows: usize,
+        queries: &[f32],
+        scores: &mut [f32],
+        stride: usize,
+    ) {
         for (group, blocks) in blocks.chunks(BLOCKS).enumerate() {
             let mut keys = [std::ptr::null(); BLOCKS];
             for (target, block) in keys.iter_mut().zip(blocks) {
@@ -487,7 +513,10 @@ impl Tile<'_> {
             }
             return;
         }
-        let together = self.vectors.iter().all(|vector| vector.seen.start == latest);
+        let together = self
+            .vectors
+            .iter()
+            .all(|vector| vector.seen.start == latest);
         if !together {
             for (r, vector) in self.vectors.iter().enumerate() {
                 accumulate(r, 1, vector.seen.start, latest, true);

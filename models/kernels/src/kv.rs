@@ -124,7 +124,10 @@ impl KvBlocks {
                 let (keys, values) = unsafe {
                     (
                         keys.piece(index * dim * BLOCK..(index + 1) * dim * BLOCK),
-                        values.piece((index * BLOCK + offset) * padded..(index * BLOCK + offset) * padded + dim),
+                        values.piece(
+                            (index * BLOCK + offset) * padded
+                                ..(index * BLOCK + offset) * padded + dim,
+                        ),
                     )
                 };
                 for (d, value) in k[from..][..dim].iter().enumerate() {
@@ -147,8 +150,10 @@ impl KvBlocks {
     pub fn copy_block(&mut self, from: u32, to: u32) {
         let (keys, values) = (self.block_keys(), self.block_values());
         let (from, to) = (from as usize, to as usize);
-        self.keys.copy_within(from * keys..(from + 1) * keys, to * keys);
-        self.values.copy_within(from * values..(from + 1) * values, to * values);
+        self.keys
+            .copy_within(from * keys..(from + 1) * keys, to * keys);
+        self.values
+            .copy_within(from * values..(from + 1) * values, to * values);
     }
 
     /// Bytes of an exported block.
@@ -164,7 +169,10 @@ impl KvBlocks {
     pub fn export(&self, block: u32, out: &mut Vec<u8>) {
         let (keys, values) = (self.block_keys(), self.block_values());
         let block = block as usize;
-        for part in [&self.keys[block * keys..][..keys], &self.values[block * values..][..values]] {
+        for part in [
+            &self.keys[block * keys..][..keys],
+            &self.values[block * values..][..values],
+        ] {
             out.extend(part.iter().flat_map(|value| value.to_le_bytes()));
         }
     }

@@ -27,8 +27,8 @@ pub mod rows;
 #[cfg(test)]
 mod testing;
 
-pub use attention::{Attend, RowPlace, attend};
 pub use activation::{Activation, activate, gated, soft_cap};
+pub use attention::{Attend, RowPlace, attend};
 pub use buffer::{Buffer, Bytes, SharedMemory};
 pub use elementwise::{
     add, add_rms_norm, exp_slice, layer_norm, rms_norm, rms_norm_heads, rotate, rotate_heads,

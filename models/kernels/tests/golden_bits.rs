@@ -4,7 +4,7 @@
 //! `models/torch/src/load.rs`, which is part of the fingerprint, and put the new digest here.
 
 use understudy_kernels::{
-    BLOCK, KvBlocks, PackedLinear, Pool, RowPlace, WeightSlice, attend, exp, f32_to_bf16,
+    Attend, BLOCK, KvBlocks, PackedLinear, Pool, RowPlace, WeightSlice, attend, exp, f32_to_bf16,
     f32_to_f16, ln, rms_norm, rope, rotate, silu_mul,
 };
 
@@ -64,10 +64,7 @@ fn attention(inputs: &mut Inputs, pool: &Pool, hash: u64) -> u64 {
         kv.write(table[position / BLOCK], position % BLOCK, &k, &v);
     }
     let places: Vec<RowPlace<'_>> = (0..length)
-        .map(|position| RowPlace {
-            table: &table,
-            position,
-        })
+        .map(|position| RowPlace::causal(&table, position))
         .collect();
     let q: Vec<f32> = inputs
         .take(length * heads * dim)
@@ -75,7 +72,7 @@ fn attention(inputs: &mut Inputs, pool: &Pool, hash: u64) -> u64 {
         .map(|value| value * 5.0)
         .collect();
     let mut out = vec![0.0; q.len()];
-    attend(pool, &kv, &places, heads, &q, &mut out);
+    attend(pool, &kv, &places, &Attend::plain(heads, dim), &q, &mut out);
     digest(hash, &out)
 }
 

@@ -206,7 +206,8 @@ fn all_kinds_of_attention_follow_the_definition_and_keep_their_bits() {
         let stride = heads * dim + 5;
         let mut q = vec![f32::NAN; length * stride];
         for row in 0..length {
-            q[row * stride..][..heads * dim].copy_from_slice(&scene.q[row * heads * dim..][..heads * dim]);
+            q[row * stride..][..heads * dim]
+                .copy_from_slice(&scene.q[row * heads * dim..][..heads * dim]);
         }
         let call = Attend {
             heads,
@@ -224,7 +225,15 @@ fn all_kinds_of_attention_follow_the_definition_and_keep_their_bits() {
         let run = |isa, threads, rows: std::ops::Range<usize>| {
             let mut out = vec![f32::NAN; rows.len() * heads * dim];
             let (places, q) = (&places[rows.clone()], &q[rows.start * stride..]);
-            attend_on(isa, &Pool::new(threads), &scene.kv, places, &call, q, &mut out);
+            attend_on(
+                isa,
+                &Pool::new(threads),
+                &scene.kv,
+                places,
+                &call,
+                q,
+                &mut out,
+            );
             out
         };
         let whole = run(Isa::Scalar, 1, 0..length);
@@ -242,7 +251,11 @@ fn all_kinds_of_attention_follow_the_definition_and_keep_their_bits() {
                 let start = random.below(length);
                 let end = start + 1 + random.below(length - start);
                 let expected = bits(&whole[start * heads * dim..end * heads * dim]);
-                assert_eq!(bits(&run(isa, threads, start..end)), expected, "{isa:?} {start}..{end}");
+                assert_eq!(
+                    bits(&run(isa, threads, start..end)),
+                    expected,
+                    "{isa:?} {start}..{end}"
+                );
             }
         }
     }
@@ -250,19 +263,30 @@ fn all_kinds_of_attention_follow_the_definition_and_keep_their_bits() {
 
 impl Scene {
     /// One head's output in f64.
-    fn define(&self, row: usize, head: usize, seen: std::ops::Range<usize>, call: &Attend) -> Vec<f64> {
+    fn define(
+        &self,
+        row: usize,
+        head: usize,
+        seen: std::ops::Range<usize>,
+        call: &Attend,
+    ) -> Vec<f64> {
         let (kv_heads, dim) = (self.kv.kv_heads(), self.kv.head_dim());
         let q = &self.q[(row * self.heads + head) * dim..][..dim];
         let at = |p: usize| (p * kv_heads + head / (self.heads / kv_heads)) * dim;
         let score = |p: usize| {
             let products = (0..dim).map(|d| f64::from(q[d]) * f64::from(self.k[at(p) + d]));
             let score = products.sum::<f64>() * f64::from(call.scale);
-            call.soft_cap.map_or(score, |cap| f64::from(cap) * (score / f64::from(cap)).tanh())
+            call.soft_cap.map_or(score, |cap| {
+                f64::from(cap) * (score / f64::from(cap)).tanh()
+            })
         };
         let weights: Vec<f64> = seen.clone().map(|p| score(p).exp()).collect();
         let total: f64 = weights.iter().sum();
         let value = |d| {
-            let parts = seen.clone().zip(&weights).map(|(p, weight)| weight * f64::from(self.v[at(p) + d]));
+            let parts = seen
+                .clone()
+                .zip(&weights)
+                .map(|(p, weight)| weight * f64::from(self.v[at(p) + d]));
             parts.sum::<f64>() / total
         };
         (0..dim).map(value).collect()
@@ -280,13 +304,18 @@ fn many_rows_are_written_like_one_and_blocks_travel() {
         rows[p * stride..][..60].copy_from_slice(&scene.k[p * 60..][..60]);
         rows[(300 + p) * stride..][..60].copy_from_slice(&scene.v[p * 60..][..60]);
     }
-    let places: Vec<RowPlace<'_>> = (0..300).map(|p| RowPlace::causal(&scene.table, p)).collect();
+    let places: Vec<RowPlace<'_>> = (0..300)
+        .map(|p| RowPlace::causal(&scene.table, p))
+        .collect();
     let (k, v) = rows.split_at(300 * stride);
     kv.write_rows(&Pool::new(2), &places, k, v, stride);
     // Through a copy and through bytes, to the blocks in the opposite order.
     let mut other = KvBlocks::new(kv.blocks(), 3, 20);
     let reversed: Vec<u32> = scene.table.iter().rev().copied().collect();
-    for (from, to) in scene.table[..300_usize.div_ceil(BLOCK)].iter().zip(&reversed) {
+    for (from, to) in scene.table[..300_usize.div_ceil(BLOCK)]
+        .iter()
+        .zip(&reversed)
+    {
         let mut bytes = Vec::new();
         kv.export(*from, &mut bytes);
         assert_eq!(bytes.len(), kv.block_bytes());
@@ -300,7 +329,14 @@ fn many_rows_are_written_like_one_and_blocks_travel() {
     let run = |kv: &KvBlocks, table: &[u32]| {
         let mut out = vec![0.0; 60];
         let call = Attend::plain(3, 20);
-        attend(&Pool::new(1), kv, &[RowPlace::causal(table, 299)], &call, &scene.q[299 * 60..], &mut out);
+        attend(
+            &Pool::new(1),
+            kv,
+            &[RowPlace::causal(table, 299)],
+            &call,
+            &scene.q[299 * 60..],
+            &mut out,
+        );
         bits(&out)
     };
     let expected = run(&scene.kv, &scene.table);
