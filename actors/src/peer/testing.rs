@@ -117,5 +117,6 @@ pub(crate) fn start(request: u128, epoch: u32) -> StartAttempt {
         expect_logprobs: Vec::new(),
         suspect: false,
         sampling: SamplingParams::default(),
+        ..StartAttempt::default()
     }
 }

@@ -115,6 +115,8 @@ impl Attempts {
             suspect: self.deaths >= self.suspect_after(),
             priority: admission.priority,
             fork_of: None,
+            // One cache for all: clients are not told apart yet.
+            cache_salt: 0,
             sampling: engine_sampling(&admission.sampling),
         };
         Effect::Route {

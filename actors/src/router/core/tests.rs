@@ -52,6 +52,7 @@ fn route(request: u128, epoch: u32) -> Route<u32> {
             expect_logprobs: Vec::new(),
             suspect: false,
             sampling: SamplingParams::default(),
+            ..StartAttempt::default()
         },
         fingerprint: None,
         avoid: Vec::new(),
