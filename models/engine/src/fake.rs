@@ -1,8 +1,9 @@
 //! A deterministic [`ModelRunner`] without a model, for tests of everything around one.
 //!
 //! Its logits are a hash of the *whole* token prefix: one wrong, missing or repeated token anywhere in a replay changes
-//! every token after it. It checks the scheduler's side of the contract (each chunk must begin where its slot's cache
-//! ends), and can be told to fail in the ways real engines fail ([`Faults`]).
+//! every token after it. Its "keys and values" are the hashes of all prefixes, one a position of a block, so that a wrong
+//! table, a copy that was not made or a stale block of the prefix cache is an error or other tokens. It checks the
+//! scheduler's side of the contract, and can be told to fail in the ways real engines fail ([`Faults`]).
 
 mod faults;
 
@@ -10,7 +11,7 @@ use std::time::Duration;
 
 pub use faults::{FaultError, Faults};
 
-use crate::runner::{Chunk, ModelInfo, ModelRunner, Slot, StepError, Ticks};
+use crate::runner::{BLOCK, BlockId, Chunk, ModelInfo, ModelRunner, StepError, Ticks};
 use crate::sampler::SAMPLING_NUMERICS;
 
 /// Logits lie in `-LOGIT_SPAN ..= LOGIT_SPAN`.
@@ -21,8 +22,11 @@ const LOGIT_SPAN: f32 = 8.0;
 pub struct FakeOptions {
     pub vocab_size: usize,
     pub context_length: usize,
-    /// Number of slots.
-    pub slots: usize,
+    pub max_sequences: usize,
+    /// Blocks of the cache; `None` is room for `max_sequences` whole contexts.
+    pub kv_blocks: Option<usize>,
+    /// Check every cached position that a chunk builds on, not only those at the edges of blocks.
+    pub check_all: bool,
     pub eos_token_ids: Vec<u32>,
     /// Stands for the weights: two fakes with different salts are different models.
     pub salt: u64,
@@ -37,7 +41,9 @@ impl Default for FakeOptions {
         Self {
             vocab_size: 512,
             context_length: 2048,
-            slots: 16,
+            max_sequences: 16,
+            kv_blocks: None,
+            check_all: false,
             eos_token_ids: Vec::new(),
             salt: 0,
             step_delay: Duration::ZERO,
@@ -46,7 +52,18 @@ impl Default for FakeOptions {
     }
 }
 
-/// The runner. Its "cache" is one hash per position.
+/// What a position of a block holds. A hash of 0 means nothing.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+struct Cell {
+    token: u32,
+    /// The hash of the prefix that ends here.
+    hash: u64,
+}
+
+/// Bytes of an exported [`Cell`].
+const CELL_BYTES: usize = 12;
+
+/// The runner. Its "cache" is one [`Cell`] per position.
 #[derive(Debug)]
 pub struct FakeRunner {
     info: ModelInfo,
@@ -55,8 +72,10 @@ pub struct FakeRunner {
     step_ticks: u32,
     ticks: Ticks,
     faults: Faults,
-    /// Per slot, the hash of every prefix that it holds.
-    caches: Vec<Vec<u64>>,
+    cells: Vec<[Cell; BLOCK]>,
+    /// Per block, the latest step in which a chunk wrote to it.
+    written: Vec<u64>,
+    check_all: bool,
     steps: u64,
 }
 
@@ -64,6 +83,9 @@ impl FakeRunner {
     /// A fake of this shape.
     #[must_use]
     pub fn new(options: FakeOptions, faults: Faults) -> Self {
+        let kv_blocks = options
+            .kv_blocks
+            .unwrap_or(options.max_sequences * options.context_length.div_ceil(BLOCK));
         let info = ModelInfo {
             architecture: "FakeForCausalLM".to_owned(),
             context_length: options.context_length,
@@ -71,14 +93,15 @@ impl FakeRunner {
             eos_token_ids: options.eos_token_ids,
             device: "fake".to_owned(),
             dtype: "f32".to_owned(),
-            slots: options.slots,
+            max_sequences: options.max_sequences,
+            kv_blocks,
+            kv_block_bytes: BLOCK * CELL_BYTES,
             fingerprint: format!(
                 "fake-{SAMPLING_NUMERICS}-{:016x}-{}",
                 options.salt, options.vocab_size
             ),
             exact: true,
         };
-        let caches = vec![Vec::new(); options.slots];
         Self {
             info,
             salt: options.salt,
@@ -86,7 +109,9 @@ impl FakeRunner {
             step_ticks: options.step_ticks,
             ticks: Ticks::default(),
             faults,
-            caches,
+            cells: vec![[Cell::default(); BLOCK]; kv_blocks],
+            written: vec![0; kv_blocks],
+            check_all: options.check_all,
             steps: 0,
         }
     }
@@ -112,34 +137,79 @@ impl FakeRunner {
         }
     }
 
+    fn cell(&self, table: &[BlockId], position: usize) -> Cell {
+        self.cells[table[position / BLOCK] as usize][position % BLOCK]
+    }
+
     fn run_chunk(&mut self, chunk: &Chunk<'_>, logits: &mut Vec<f32>) -> Result<(), StepError> {
-        self.check(chunk).map_err(|message| StepError { message })?;
-        let mut cache = std::mem::take(&mut self.caches[chunk.slot.0 as usize]);
+        self.check(chunk)
+            .and_then(|()| self.check_cache(chunk))
+            .and_then(|()| self.mark_written(chunk))
+            .map_err(|message| StepError { message })?;
+        let mut prefix = (chunk.start > 0).then(|| self.cell(chunk.table, chunk.start - 1).hash);
         let first_row = chunk.tokens.len() - chunk.logits_for;
         for (index, &token) in chunk.tokens.iter().enumerate() {
-            self.faults.at_token(chunk.start + index, token);
-            let hash = self.extend_hash(cache.last().copied(), token);
-            cache.push(hash);
+            let position = chunk.start + index;
+            self.faults.at_token(position, token);
+            let hash = self.extend_hash(prefix, token);
+            prefix = Some(hash);
+            self.cells[chunk.table[position / BLOCK] as usize][position % BLOCK] =
+                Cell { token, hash };
             if index >= first_row {
                 logits.extend((0..self.info.vocab_size as u64).map(|id| logit(hash, id)));
             }
         }
-        self.caches[chunk.slot.0 as usize] = cache;
+        Ok(())
+    }
+
+    /// Each position that is looked at must hold the hash that follows from the position before it.
+    fn check_cache(&self, chunk: &Chunk<'_>) -> Result<(), String> {
+        let stride = if self.check_all { 1 } else { BLOCK };
+        let last = chunk.start.checked_sub(1);
+        for position in (0..chunk.start).step_by(stride).chain(last) {
+            let prefix = position
+                .checked_sub(1)
+                .map(|before| self.cell(chunk.table, before).hash);
+            let cell = self.cell(chunk.table, position);
+            if cell.hash != self.extend_hash(prefix, cell.token) {
+                return Err(format!(
+                    "chunk starts at {}, but block {} does not hold position {position}",
+                    chunk.start,
+                    chunk.table[position / BLOCK]
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    /// No two chunks of a step write to one block.
+    fn mark_written(&mut self, chunk: &Chunk<'_>) -> Result<(), String> {
+        let end = chunk.start + chunk.tokens.len();
+        for &block in &chunk.table[chunk.start / BLOCK..end.div_ceil(BLOCK)] {
+            let written = &mut self.written[block as usize];
+            if *written == self.steps {
+                return Err(format!("two chunks of a step write to block {block}"));
+            }
+            *written = self.steps;
+        }
         Ok(())
     }
 
     /// What a real runner would answer with garbage, the fake answers with an error.
     fn check(&self, chunk: &Chunk<'_>) -> Result<(), String> {
-        let cached = self
-            .caches
-            .get(chunk.slot.0 as usize)
-            .ok_or_else(|| format!("no slot {}", chunk.slot.0))?
-            .len();
-        if chunk.start != cached {
+        let blocks = (chunk.start + chunk.tokens.len()).div_ceil(BLOCK);
+        if chunk.table.len() < blocks {
             return Err(format!(
-                "chunk starts at {}, but slot {} holds {cached}",
-                chunk.start, chunk.slot.0
+                "{blocks} blocks are needed, and the table has {}",
+                chunk.table.len()
             ));
+        }
+        if let Some(block) = chunk
+            .table
+            .iter()
+            .find(|&&block| block as usize >= self.cells.len())
+        {
+            return Err(format!("no block {block}"));
         }
         if chunk.tokens.is_empty() || chunk.logits_for > chunk.tokens.len() {
             return Err(format!(
@@ -180,22 +250,44 @@ impl ModelRunner for FakeRunner {
             .at_step(self.steps)
             .map_err(|message| StepError { message })?;
         self.take_time();
-        for (index, chunk) in chunks.iter().enumerate() {
-            if chunks[..index].iter().any(|other| other.slot == chunk.slot) {
-                return Err(StepError {
-                    message: format!("slot {} stands twice in a step", chunk.slot.0),
-                });
-            }
+        if chunks.len() > self.info.max_sequences {
+            return Err(StepError {
+                message: format!("{} sequences in a step", chunks.len()),
+            });
+        }
+        for chunk in chunks {
             self.run_chunk(chunk, logits)?;
         }
         self.faults.spoil(self.steps, logits);
         Ok(())
     }
 
-    fn release(&mut self, slot: Slot) {
-        if let Some(cache) = self.caches.get_mut(slot.0 as usize) {
-            cache.clear();
+    fn copy_block(&mut self, from: BlockId, to: BlockId) -> Result<(), StepError> {
+        self.cells[to as usize] = self.cells[from as usize];
+        Ok(())
+    }
+
+    fn export_block(&mut self, block: BlockId, out: &mut Vec<u8>) -> Result<(), StepError> {
+        for cell in &self.cells[block as usize] {
+            out.extend(cell.token.to_le_bytes());
+            out.extend(cell.hash.to_le_bytes());
         }
+        Ok(())
+    }
+
+    fn import_block(&mut self, block: BlockId, bytes: &[u8]) -> Result<(), StepError> {
+        let (cells, rest) = bytes.as_chunks::<CELL_BYTES>();
+        if cells.len() != BLOCK || !rest.is_empty() {
+            return Err(StepError {
+                message: format!("a block of {} bytes", bytes.len()),
+            });
+        }
+        for (cell, bytes) in self.cells[block as usize].iter_mut().zip(cells) {
+            let [a, b, c, d, hash @ ..] = *bytes;
+            cell.token = u32::from_le_bytes([a, b, c, d]);
+            cell.hash = u64::from_le_bytes(hash);
+        }
+        Ok(())
     }
 }
 
@@ -217,29 +309,48 @@ fn logit(hash: u64, id: u64) -> f32 {
 mod tests {
     use super::*;
 
-    fn run(runner: &mut FakeRunner, start: usize, tokens: &[u32]) -> Result<Vec<f32>, StepError> {
+    const TABLE: [BlockId; 128] = {
+        let mut table = [0; 128];
+        let mut index = 0;
+        while index < 128 {
+            table[index] = 127 - index as BlockId;
+            index += 1;
+        }
+        table
+    };
+
+    fn run_in(
+        runner: &mut FakeRunner,
+        table: &[BlockId],
+        start: usize,
+        tokens: &[u32],
+    ) -> Result<Vec<f32>, StepError> {
         let mut logits = Vec::new();
-        runner.execute(
-            &[Chunk {
-                slot: Slot(0),
-                start,
-                tokens,
-                logits_for: 1,
-            }],
-            &mut logits,
-        )?;
+        let chunk = Chunk {
+            table,
+            start,
+            tokens,
+            logits_for: 1,
+        };
+        runner.execute(&[chunk], &mut logits)?;
         Ok(logits)
+    }
+
+    fn run(runner: &mut FakeRunner, start: usize, tokens: &[u32]) -> Result<Vec<f32>, StepError> {
+        run_in(runner, &TABLE, start, tokens)
+    }
+
+    fn fake() -> FakeRunner {
+        FakeRunner::new(FakeOptions::default(), Faults::default())
     }
 
     #[test]
     fn rows_depend_on_the_whole_prefix_and_not_on_its_cuts() {
-        let mut runner = FakeRunner::new(FakeOptions::default(), Faults::default());
+        let mut runner = fake();
         let whole = run(&mut runner, 0, &[1, 2, 3]).unwrap();
-        runner.release(Slot(0));
         run(&mut runner, 0, &[1]).unwrap();
         assert_eq!(run(&mut runner, 1, &[2, 3]).unwrap(), whole);
         for other in [[0, 2, 3], [1, 1, 3], [1, 2, 4], [2, 1, 3]] {
-            runner.release(Slot(0));
             assert_ne!(run(&mut runner, 0, &other).unwrap(), whole);
         }
         let mut salted = FakeRunner::new(
@@ -254,20 +365,55 @@ mod tests {
 
     #[test]
     fn breaches_of_the_contract_are_errors() {
-        let mut runner = FakeRunner::new(FakeOptions::default(), Faults::default());
+        let mut runner = fake();
         run(&mut runner, 0, &[1, 2]).unwrap();
         for (start, tokens) in [
-            (1, &[2_u32][..]),
-            (3, &[2]),
-            (0, &[1]),
+            (3, &[2_u32][..]),
             (2, &[]),
             (2, &[512]),
             (2, &[0; 2047]),
+            (17, &[1]),
         ] {
             assert!(
                 run(&mut runner, start, tokens).is_err(),
                 "{start} {tokens:?}"
             );
         }
+        assert!(run_in(&mut runner, &[127], 0, &[0; 17]).is_err(), "short");
+        assert!(run_in(&mut runner, &[9999], 0, &[0]).is_err(), "no block");
+        let chunk = Chunk {
+            table: &TABLE,
+            start: 0,
+            tokens: &[1],
+            logits_for: 0,
+        };
+        let twice = runner.execute(&[chunk.clone(), chunk], &mut Vec::new());
+        assert!(twice.unwrap_err().message.contains("two chunks"));
+    }
+
+    #[test]
+    fn a_table_with_a_block_of_another_prefix_is_an_error() {
+        let mut runner = fake();
+        run_in(&mut runner, &[0, 1], 0, &[5; 20]).unwrap();
+        run_in(&mut runner, &[2, 3], 0, &[[6; 16], [5; 16]].concat()).unwrap();
+        run_in(&mut runner, &[0, 1], 20, &[5]).unwrap();
+        for table in [[2, 1], [0, 3], [1, 0]] {
+            assert!(run_in(&mut runner, &table, 20, &[5]).is_err(), "{table:?}");
+        }
+    }
+
+    #[test]
+    fn blocks_can_be_copied_and_carried_to_another_fake() {
+        let (mut one, mut other) = (fake(), fake());
+        run_in(&mut one, &[0], 0, &[5; 16]).unwrap();
+        let next = run_in(&mut one, &[0, 1], 16, &[7]).unwrap();
+        one.copy_block(0, 9).unwrap();
+        assert_eq!(run_in(&mut one, &[9, 8], 16, &[7]).unwrap(), next);
+        let mut bytes = Vec::new();
+        one.export_block(0, &mut bytes).unwrap();
+        assert_eq!(bytes.len(), one.info().kv_block_bytes);
+        other.import_block(4, &bytes).unwrap();
+        assert_eq!(run_in(&mut other, &[4, 5], 16, &[7]).unwrap(), next);
+        assert!(other.import_block(4, &bytes[1..]).is_err());
     }
 }

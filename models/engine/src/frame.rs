@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 use crate::replay::NOT_COMPUTED_BITS;
 
 /// Raised by one whenever a message changes incompatibly.
-pub const ENGINE_PROTOCOL: u32 = 2;
+pub const ENGINE_PROTOCOL: u32 = 3;
 
 /// The largest frame either side sends or accepts, in bytes: a prompt of 1 M tokens fits, a garbage length does not.
 pub const MAX_FRAME_BYTES: usize = 16 * 1024 * 1024;

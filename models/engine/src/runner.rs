@@ -5,15 +5,19 @@ use std::sync::{
     atomic::{AtomicU64, Ordering::Relaxed},
 };
 
-/// A slot of the KV cache: one running sequence owns one.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct Slot(pub u32);
+pub use understudy_kernels::BLOCK;
+
+/// A block of the KV cache: room for [`BLOCK`] consecutive positions of a sequence. Several sequences may read one.
+pub type BlockId = u32;
 
 /// Consecutive tokens of one sequence to run through the model in one step.
 #[derive(Debug, Clone)]
 pub struct Chunk<'a> {
-    pub slot: Slot,
-    /// Position of `tokens[0]` in the sequence; the slot's cache already holds positions `0..start`.
+    /// The sequence's blocks in order: position `p` lies in `table[p / BLOCK]` at offset `p % BLOCK`. Long enough for all
+    /// tokens of the chunk. What the chunk writes is written by no other chunk of the step, and read by none.
+    pub table: &'a [BlockId],
+    /// Position of `tokens[0]` in the sequence; the blocks already hold positions `0..start`. What they hold from `start` on
+    /// is of no use (drafts that were not accepted, say) and is overwritten.
     pub start: usize,
     /// At least one token.
     pub tokens: &'a [u32],
@@ -30,8 +34,12 @@ pub struct ModelInfo {
     pub eos_token_ids: Vec<u32>,
     pub device: String,
     pub dtype: String,
-    /// Number of slots, each of `context_length` positions.
-    pub slots: usize,
+    /// Sequences in one step at most.
+    pub max_sequences: usize,
+    /// Blocks of the KV cache, of [`BLOCK`] positions each; they are numbered from 0.
+    pub kv_blocks: usize,
+    /// Length of an exported block, in bytes.
+    pub kv_block_bytes: usize,
     pub fingerprint: String,
     /// Whether the contract of [`ModelRunner`] holds bit for bit. If not, replays need only be close; see [`crate::replay`].
     pub exact: bool,
@@ -64,8 +72,8 @@ pub struct StepError {
 /// Executes steps on one device. Owned by one dedicated OS thread.
 ///
 /// Contract: a row of logits is a pure function of the tokens at positions `0..=p` of its sequence. It does not depend
-/// on how they were cut into chunks, on the other chunks of the step, or on the slot. A runner that keeps this only
-/// approximately says so in [`ModelInfo::exact`].
+/// on how they were cut into chunks, on the other chunks of the step, or on which blocks hold them. A runner that keeps
+/// this only approximately says so in [`ModelInfo::exact`].
 pub trait ModelRunner {
     fn info(&self) -> &ModelInfo;
 
@@ -80,8 +88,24 @@ pub trait ModelRunner {
     /// [`StepError`] if the device or the library failed.
     fn execute(&mut self, chunks: &[Chunk<'_>], logits: &mut Vec<f32>) -> Result<(), StepError>;
 
-    /// The slot's sequence is gone; its cache may be reused from position 0.
-    fn release(&mut self, slot: Slot);
+    /// Copies the keys and values of all layers of a block: one of two sequences that share it is about to write.
+    ///
+    /// # Errors
+    /// [`StepError`] if the device or the library failed.
+    fn copy_block(&mut self, from: BlockId, to: BlockId) -> Result<(), StepError>;
+
+    /// Appends the keys and values of all layers of a block to `out`: [`ModelInfo::kv_block_bytes`] bytes, in a layout that
+    /// depends on the fingerprint only.
+    ///
+    /// # Errors
+    /// [`StepError`] if the device or the library failed.
+    fn export_block(&mut self, block: BlockId, out: &mut Vec<u8>) -> Result<(), StepError>;
+
+    /// Fills a block with what [`Self::export_block`] of a runner with the same fingerprint gave.
+    ///
+    /// # Errors
+    /// [`StepError`] if the length is wrong, or the device or the library failed.
+    fn import_block(&mut self, block: BlockId, bytes: &[u8]) -> Result<(), StepError>;
 }
 
 /// The first line of a caught panic's text: LibTorch appends pages of C++ frames to its own.

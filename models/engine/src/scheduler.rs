@@ -12,7 +12,7 @@ use std::collections::VecDeque;
 use crate::{
     frame::{AttemptError, AttemptId, StartAttempt, StepToken},
     replay::ReplayCheck,
-    runner::{Chunk, ModelInfo, ModelRunner, Slot, StepError},
+    runner::{BLOCK, BlockId, Chunk, ModelInfo, ModelRunner, StepError},
     sampler::Sampler,
     sequence::{Limits, Sequence, Span},
 };
@@ -63,7 +63,8 @@ pub struct StepOutcome {
 
 #[derive(Debug)]
 struct Running {
-    slot: Slot,
+    /// Its blocks: enough for a whole context.
+    table: Vec<BlockId>,
     sequence: Sequence,
     /// What the current step computes of it.
     span: Option<Span>,
@@ -75,9 +76,7 @@ pub struct Scheduler {
     limits: Limits,
     options: SchedulerOptions,
     slots: usize,
-    free: Vec<Slot>,
-    /// Slots whose cache the runner has not been told to drop yet.
-    released: Vec<Slot>,
+    free: Vec<Vec<BlockId>>,
     /// In order of admission.
     running: Vec<Running>,
     waiting: VecDeque<Sequence>,
@@ -98,16 +97,21 @@ impl Scheduler {
             eos_token_ids: info.eos_token_ids.clone(),
             replay: ReplayCheck::of(info),
         };
+        let blocks = info.context_length.div_ceil(BLOCK);
+        let slots = info.max_sequences.min(info.kv_blocks / blocks);
         Self {
             limits,
             options: SchedulerOptions {
-                step_tokens: options.step_tokens.max(info.slots).max(1),
+                step_tokens: options.step_tokens.max(slots).max(1),
                 ..options
             },
-            slots: info.slots,
-            free: (0..info.slots as u32).rev().map(Slot).collect(),
-            released: Vec::with_capacity(info.slots),
-            running: Vec::with_capacity(info.slots),
+            slots,
+            free: (0..slots * blocks)
+                .step_by(blocks)
+                .map(|first| (first as BlockId..(first + blocks) as BlockId).collect())
+                .rev()
+                .collect(),
+            running: Vec::with_capacity(slots),
             waiting: VecDeque::new(),
             sampler: Sampler::new(),
             logits: Vec::new(),
@@ -213,9 +217,6 @@ impl Scheduler {
     /// # Errors
     /// [`StepError`]: the runner failed, and no attempt can go on.
     pub fn run(&mut self, runner: &mut dyn ModelRunner) -> Result<Option<StepOutcome>, StepError> {
-        for slot in self.released.drain(..) {
-            runner.release(slot);
-        }
         if self.running.iter().all(|running| running.span.is_none()) {
             return Ok(None);
         }
@@ -268,9 +269,9 @@ impl Scheduler {
             let Some(sequence) = self.waiting.pop_front() else {
                 return;
             };
-            if let Some(slot) = self.free.pop() {
+            if let Some(table) = self.free.pop() {
                 self.running.push(Running {
-                    slot,
+                    table,
                     sequence,
                     span: None,
                 });
@@ -280,8 +281,7 @@ impl Scheduler {
 
     fn remove(&mut self, index: usize) {
         let running = self.running.remove(index);
-        self.released.push(running.slot);
-        self.free.push(running.slot);
+        self.free.push(running.table);
     }
 
     /// Fixes the spans of the sequences that take part in this step.
@@ -318,7 +318,7 @@ impl Scheduler {
                 rows += span.logits_for;
                 let tokens = running.sequence.tokens(span);
                 Chunk {
-                    slot: running.slot,
+                    table: &running.table,
                     start: span.start,
                     tokens,
                     logits_for: span.logits_for,

@@ -35,7 +35,7 @@ use std::{
 use crate::{
     codec::CodecError,
     frame::{AttemptId, ENGINE_PROTOCOL, EngineEvent, EngineInfo},
-    runner::{ModelInfo, ModelRunner},
+    runner::{BLOCK, ModelInfo, ModelRunner},
     scheduler::{Scheduler, SchedulerOptions, StepOutcome},
 };
 use inbox::{Inbox, Work};
@@ -146,7 +146,7 @@ fn run(
     let mut runner = ManuallyDrop::new(runner);
     runner.set_ticks(link.ticks());
     let mut scheduler = Scheduler::new(runner.info(), options.scheduler);
-    inbox.set_slots(runner.info().slots);
+    inbox.set_slots(runner.info().max_sequences);
     let send_failed = |error: CodecError| {
         (
             ExitStatus::BadFrame,
@@ -255,8 +255,8 @@ fn engine_info(info: &ModelInfo, started: Instant) -> EngineInfo {
         eos_token_ids: info.eos_token_ids.clone(),
         device: info.device.clone(),
         dtype: info.dtype.clone(),
-        max_sequences: info.slots as u32,
-        kv_capacity_tokens: (info.slots * info.context_length) as u64,
+        max_sequences: info.max_sequences as u32,
+        kv_capacity_tokens: (info.kv_blocks * BLOCK) as u64,
         fingerprint: info.fingerprint.clone(),
         load_ms: started.elapsed().as_millis() as u64,
     }

@@ -153,7 +153,9 @@ fn shape(args: &EngineArgs, fake: &FakeArgs) -> FakeOptions {
     FakeOptions {
         vocab_size,
         context_length,
-        slots: args.max_sequences,
+        max_sequences: args.max_sequences,
+        kv_blocks: None,
+        check_all: false,
         eos_token_ids: fake
             .eos_token_ids
             .clone()

@@ -24,8 +24,8 @@ struct Lab {
 /// A runner that notes what it is given.
 struct Recorder {
     inner: FakeRunner,
-    /// Per step, per chunk: slot, start, length, rows.
-    steps: Vec<Vec<(Slot, usize, usize, usize)>>,
+    /// Per step, per chunk: first block, start, length, rows.
+    steps: Vec<Vec<(BlockId, usize, usize, usize)>>,
 }
 
 impl ModelRunner for Recorder {
@@ -37,14 +37,22 @@ impl ModelRunner for Recorder {
         self.steps.push(
             chunks
                 .iter()
-                .map(|c| (c.slot, c.start, c.tokens.len(), c.logits_for))
+                .map(|c| (c.table[0], c.start, c.tokens.len(), c.logits_for))
                 .collect(),
         );
         self.inner.execute(chunks, logits)
     }
 
-    fn release(&mut self, slot: Slot) {
-        self.inner.release(slot);
+    fn copy_block(&mut self, from: BlockId, to: BlockId) -> Result<(), StepError> {
+        self.inner.copy_block(from, to)
+    }
+
+    fn export_block(&mut self, block: BlockId, out: &mut Vec<u8>) -> Result<(), StepError> {
+        self.inner.export_block(block, out)
+    }
+
+    fn import_block(&mut self, block: BlockId, bytes: &[u8]) -> Result<(), StepError> {
+        self.inner.import_block(block, bytes)
     }
 }
 
@@ -52,7 +60,8 @@ fn model() -> FakeOptions {
     FakeOptions {
         vocab_size: 48,
         context_length: 200,
-        slots: 4,
+        max_sequences: 4,
+        check_all: true,
         eos_token_ids: vec![7],
         ..FakeOptions::default()
     }

@@ -40,7 +40,7 @@ fn a_step_keeps_its_budget_and_never_starves_a_decode() {
     let last = lab.runner.steps.last().unwrap();
     assert_eq!(
         last[2..],
-        [(Slot(2), 96, 4, 1), (Slot(3), 0, 4, 0)],
+        [(26, 96, 4, 1), (39, 0, 4, 0)],
         "what is left goes to the next prompt"
     );
     lab.run();
@@ -77,7 +77,7 @@ fn waiting_is_bounded_and_in_order() {
     };
     let mut lab = Lab::new(
         FakeOptions {
-            slots: 1,
+            max_sequences: 1,
             ..model()
         },
         SchedulerOptions {
@@ -111,7 +111,7 @@ fn a_cancel_frees_the_slot_for_the_next_and_changes_no_one_else() {
     };
     let mut lab = Lab::new(
         FakeOptions {
-            slots: 2,
+            max_sequences: 2,
             ..model()
         },
         SchedulerOptions {
@@ -154,7 +154,7 @@ fn a_later_epoch_replaces_an_earlier_one() {
     };
     let mut lab = Lab::new(
         FakeOptions {
-            slots: 1,
+            max_sequences: 1,
             ..model()
         },
         SchedulerOptions {
@@ -202,8 +202,16 @@ fn a_runner_that_returns_too_little_is_an_error() {
             logits.pop();
             Ok(())
         }
-        fn release(&mut self, slot: Slot) {
-            self.0.release(slot);
+        fn copy_block(&mut self, from: BlockId, to: BlockId) -> Result<(), StepError> {
+            self.0.copy_block(from, to)
+        }
+
+        fn export_block(&mut self, block: BlockId, out: &mut Vec<u8>) -> Result<(), StepError> {
+            self.0.export_block(block, out)
+        }
+
+        fn import_block(&mut self, block: BlockId, bytes: &[u8]) -> Result<(), StepError> {
+            self.0.import_block(block, bytes)
         }
     }
     let mut runner = Short(FakeRunner::new(model(), Faults::default()));

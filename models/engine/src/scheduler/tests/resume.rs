@@ -19,7 +19,7 @@ fn a_resumed_attempt_is_the_uninterrupted_one_at_every_cut() {
             };
             let mut lab = Lab::new(
                 FakeOptions {
-                    slots: 1 + dice.throw(4),
+                    max_sequences: 1 + dice.throw(4),
                     ..model()
                 },
                 options,
@@ -223,8 +223,16 @@ impl ModelRunner for Batchy {
         Ok(())
     }
 
-    fn release(&mut self, slot: Slot) {
-        self.inner.release(slot);
+    fn copy_block(&mut self, from: BlockId, to: BlockId) -> Result<(), StepError> {
+        self.inner.copy_block(from, to)
+    }
+
+    fn export_block(&mut self, block: BlockId, out: &mut Vec<u8>) -> Result<(), StepError> {
+        self.inner.export_block(block, out)
+    }
+
+    fn import_block(&mut self, block: BlockId, bytes: &[u8]) -> Result<(), StepError> {
+        self.inner.import_block(block, bytes)
     }
 }
 
