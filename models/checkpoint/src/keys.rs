@@ -19,7 +19,6 @@ const HARMLESS: &[&str] = &[
     "_attn_implementation_autoset",
     "_commit_hash",
     "_name_or_path",
-    "add_cross_attention",
     "architectures",
     "attention_dropout",
     "attention_probs_dropout_prob",
@@ -45,8 +44,6 @@ const HARMLESS: &[&str] = &[
     "id2label",
     "initializer_factor",
     "initializer_range",
-    "is_decoder",
-    "is_encoder_decoder",
     "is_llama_config",
     "keys_to_ignore_at_inference",
     "label2id",
@@ -65,9 +62,7 @@ const HARMLESS: &[&str] = &[
     "pruned_heads",
     "remove_invalid_values",
     "resid_pdrop",
-    "resid_pdrop",
     "return_dict",
-    "rope_interleaved",
     "router_aux_loss_coef",
     "router_jitter_noise",
     "sep_token_id",
@@ -94,6 +89,7 @@ pub struct Keys<'a> {
     family: &'a str,
     map: &'a Map<String, Value>,
     asked: RefCell<BTreeSet<String>>,
+    context_limit: Option<usize>,
 }
 
 impl<'a> Keys<'a> {
@@ -104,7 +100,39 @@ impl<'a> Keys<'a> {
             family,
             map,
             asked: RefCell::default(),
+            context_limit: None,
         }
+    }
+
+    /// The same file for a model that is run with at most `positions` positions.
+    #[must_use]
+    pub fn within(mut self, positions: Option<usize>) -> Self {
+        self.context_limit = positions;
+        self
+    }
+
+    /// Positions that the caller wants at most.
+    #[must_use]
+    pub fn context_limit(&self) -> Option<usize> {
+        self.context_limit
+    }
+
+    /// For messages.
+    #[must_use]
+    pub fn family(&self) -> &'a str {
+        self.family
+    }
+
+    /// The names of all keys.
+    pub fn names(&self) -> impl Iterator<Item = &'a str> + use<'a> {
+        self.map.keys().map(String::as_str)
+    }
+
+    /// The value as it stands, null included: for the few keys where null and absence differ.
+    #[must_use]
+    pub fn raw(&self, key: &str) -> Option<&'a Value> {
+        self.asked.borrow_mut().insert(key.to_owned());
+        self.map.get(key)
     }
 
     /// The value; `None` if it is absent or null.
@@ -186,12 +214,24 @@ impl<'a> Keys<'a> {
         Ok(number.unwrap_or(default))
     }
 
+    /// A positive number that must be there.
+    ///
+    /// # Errors
+    /// [`ConfigError`].
+    pub fn positive(&self, key: &str) -> Result<f64, ConfigError> {
+        let there = self.get(key).map(|_| ());
+        self.required(key, there)?;
+        self.positive_or(key, 1.0)
+    }
+
     /// true or false, or its default.
     ///
     /// # Errors
     /// [`ConfigError`].
     pub fn flag_or(&self, key: &str, default: bool) -> Result<bool, ConfigError> {
-        Ok(self.typed(key, "true or false", Value::as_bool)?.unwrap_or(default))
+        Ok(self
+            .typed(key, "true or false", Value::as_bool)?
+            .unwrap_or(default))
     }
 
     /// A text.
@@ -208,6 +248,15 @@ impl<'a> Keys<'a> {
     /// [`ConfigError`].
     pub fn list_if(&self, key: &str) -> Result<Option<&'a Vec<Value>>, ConfigError> {
         self.typed(key, "a list", Value::as_array)
+    }
+
+    /// A list that must be there.
+    ///
+    /// # Errors
+    /// [`ConfigError`].
+    pub fn required_list(&self, key: &str) -> Result<&'a Vec<Value>, ConfigError> {
+        let list = self.list_if(key)?;
+        self.required(key, list)
     }
 
     /// Token ids: one, a list, or none.

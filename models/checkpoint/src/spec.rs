@@ -207,11 +207,14 @@ impl LinearSpec {
             transposed: false,
             rows: RowPattern::range(0, *outputs),
         });
-        let biases = parts.iter().filter(|_| bias).map(|(name, outputs)| BiasPart {
-            tensor: format!("{name}.bias"),
-            stored_len: *outputs,
-            rows: RowPattern::range(0, *outputs),
-        });
+        let biases = parts
+            .iter()
+            .filter(|_| bias)
+            .map(|(name, outputs)| BiasPart {
+                tensor: format!("{name}.bias"),
+                stored_len: *outputs,
+                rows: RowPattern::range(0, *outputs),
+            });
         Self {
             inputs,
             outputs: parts.iter().map(|(_, outputs)| outputs).sum(),
@@ -379,10 +382,18 @@ impl ModelSpec {
         for (_, map) in self.linears() {
             all.extend(map.weight.iter().map(|part| {
                 let (out, inputs) = (part.stored_outputs, map.inputs);
-                let shape = if part.transposed { vec![inputs, out] } else { vec![out, inputs] };
+                let shape = if part.transposed {
+                    vec![inputs, out]
+                } else {
+                    vec![out, inputs]
+                };
                 (part.tensor.clone(), shape)
             }));
-            all.extend(map.bias.iter().map(|part| (part.tensor.clone(), vec![part.stored_len])));
+            all.extend(
+                map.bias
+                    .iter()
+                    .map(|part| (part.tensor.clone(), vec![part.stored_len])),
+            );
         }
         all.sort();
         all.dedup();

@@ -18,7 +18,13 @@ pub(super) fn spec(keys: &Keys<'_>) -> Result<ModelSpec, ConfigError> {
         decoder.layer(
             &name,
             attention,
-            gated_mlp(&format!("{name}.mlp"), decoder.hidden_size, inner, mlp_bias, activation),
+            gated_mlp(
+                &format!("{name}.mlp"),
+                decoder.hidden_size,
+                inner,
+                mlp_bias,
+                activation,
+            ),
         )
     })
 }
