@@ -5,12 +5,15 @@
 pub mod error;
 pub mod families;
 pub mod keys;
+mod names;
 pub mod reader;
 pub mod rope;
 pub mod spec;
 pub mod tensor_error;
+pub mod unused;
 
 pub use error::ConfigError;
-pub use reader::{Checkpoint, CheckpointError, StoredTensor, StoredType};
+pub use reader::{Checkpoint, CheckpointError, LinearReader, StoredTensor, StoredType};
 pub use spec::ModelSpec;
 pub use tensor_error::TensorError;
+pub use unused::check_all_used;

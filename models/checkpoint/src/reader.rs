@@ -11,6 +11,9 @@
 //! hostile file is an error with a name, never a panic, and never an allocation of the claimed size.
 
 mod header;
+mod linear;
+
+pub use linear::LinearReader;
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -218,6 +221,17 @@ impl Checkpoint {
             ))),
             None => Ok(()),
         }
+    }
+
+    /// Whether there is a tensor of this name.
+    #[must_use]
+    pub fn contains(&self, name: &str) -> bool {
+        self.tensors.contains_key(name)
+    }
+
+    /// The names of all tensors, sorted.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.tensors.keys().map(String::as_str)
     }
 
     /// The tensor `name`, which must have the shape `expected`.

@@ -24,6 +24,8 @@ pub(super) struct Defaults {
     /// Whether a part of a head may turn only, by `partial_rotary_factor`.
     pub partial_rotary: bool,
     pub yarn_is_longrope: bool,
+    /// `original_max_position_embeddings`, beside the rotary rule.
+    pub original_positions: Option<usize>,
 }
 
 /// Llama's.
@@ -39,6 +41,7 @@ impl Default for Defaults {
             norm: NormKind::Rms,
             partial_rotary: false,
             yarn_is_longrope: false,
+            original_positions: None,
         }
     }
 }
@@ -121,6 +124,7 @@ impl Decoder {
             max_positions: keys.size_or("max_position_embeddings", of.positions)?,
             context_length: self.context_length,
             yarn_is_longrope: of.yarn_is_longrope,
+            original_positions: of.original_positions,
         })
     }
 
@@ -154,6 +158,11 @@ impl Decoder {
             rope: Some(0),
             causal: true,
         }
+    }
+
+    /// A window, unless it is as wide as the whole context.
+    pub fn window(&self, window: Option<usize>) -> Option<usize> {
+        window.filter(|window| *window < self.context_length)
     }
 
     /// `{name}.input_layernorm` before the attention and `{name}.post_attention_layernorm` before the feed-forward part.

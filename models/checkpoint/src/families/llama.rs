@@ -13,8 +13,7 @@ pub(super) fn spec(keys: &Keys<'_>) -> Result<ModelSpec, ConfigError> {
     let inner = keys.size("intermediate_size")?;
     decoder.build(|index| {
         let name = format!("model.layers.{index}");
-        let mut attention = decoder.attention(&format!("{name}.self_attn"), attention_bias);
-        attention.window = None;
+        let attention = decoder.attention(&format!("{name}.self_attn"), attention_bias);
         decoder.layer(
             &name,
             attention,

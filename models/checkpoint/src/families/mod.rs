@@ -3,8 +3,19 @@
 //! Invariant: a description that is returned is one that executors compute correctly. What a family's file says that has no place in a
 //! description is refused with a message that names the key; nothing is dropped ([`Keys::finish`]).
 
+mod bert;
 mod decoder;
+mod gemma;
+mod gpt2;
+mod gpt_neox;
 mod llama;
+mod mistral;
+mod moe;
+mod phi3;
+mod qwen;
+mod smollm3;
+#[cfg(test)]
+mod tests;
 
 use std::path::Path;
 
@@ -13,7 +24,7 @@ use serde_json::{Map, Value};
 use crate::error::ConfigError;
 use crate::keys::Keys;
 use crate::spec::{Activation, DenseMlp, LinearSpec, MlpSpec, ModelSpec, WeightType};
-use decoder::Decoder;
+use decoder::{Decoder, Defaults};
 
 /// Layers at most: far beyond every model, and few enough that a hostile number allocates little.
 const MAX_LAYERS: usize = 4096;
@@ -21,7 +32,34 @@ const MAX_LAYERS: usize = 4096;
 type Read = fn(&Keys<'_>) -> Result<ModelSpec, ConfigError>;
 
 /// Architecture (in `architectures`), its `model_type`, and the function that reads it.
-const FAMILIES: &[(&str, &str, Read)] = &[("LlamaForCausalLM", "llama", llama::spec)];
+const FAMILIES: &[(&str, &str, Read)] = &[
+    ("LlamaForCausalLM", "llama", llama::spec),
+    ("MistralForCausalLM", "mistral", mistral::spec),
+    ("MixtralForCausalLM", "mixtral", moe::mixtral),
+    ("Qwen2ForCausalLM", "qwen2", qwen::qwen2),
+    ("Qwen3ForCausalLM", "qwen3", qwen::qwen3),
+    ("Qwen3MoeForCausalLM", "qwen3_moe", moe::qwen3),
+    ("Gemma2ForCausalLM", "gemma2", gemma::gemma2),
+    ("Gemma3ForCausalLM", "gemma3_text", gemma::gemma3),
+    ("Phi3ForCausalLM", "phi3", phi3::spec),
+    ("SmolLM3ForCausalLM", "smollm3", smollm3::spec),
+    ("GPT2LMHeadModel", "gpt2", gpt2::spec),
+    ("GPTNeoXForCausalLM", "gpt_neox", gpt_neox::spec),
+    ("BertModel", "bert", bert::bert),
+    ("BertForMaskedLM", "bert", bert::bert),
+    ("BertForPreTraining", "bert", bert::bert),
+    ("BertForSequenceClassification", "bert", bert::bert),
+    ("RobertaModel", "roberta", bert::roberta),
+    ("RobertaForMaskedLM", "roberta", bert::roberta),
+    ("RobertaForSequenceClassification", "roberta", bert::roberta),
+    ("XLMRobertaModel", "xlm-roberta", bert::roberta),
+    ("XLMRobertaForMaskedLM", "xlm-roberta", bert::roberta),
+    (
+        "XLMRobertaForSequenceClassification",
+        "xlm-roberta",
+        bert::roberta,
+    ),
+];
 
 /// Architectures that are asked for and refused, with the reason.
 const REFUSED: &[(&str, &str)] = &[(
@@ -216,6 +254,31 @@ fn activation(keys: &Keys<'_>, key: &str, default: Activation) -> Result<Activat
             "\"silu\", \"gelu\", \"gelu_new\", \"gelu_pytorch_tanh\", \"gelu_fast\", \"relu\"",
         )),
     }
+}
+
+/// Which layers have a window: what `layer_types` says, or the family's rule.
+fn sliding_layers(
+    keys: &Keys<'_>,
+    layers: usize,
+    rule: impl Fn(usize) -> bool,
+) -> Result<Vec<bool>, ConfigError> {
+    let Some(types) = keys.list_if("layer_types")? else {
+        return Ok((0..layers).map(rule).collect());
+    };
+    let sliding: Option<Vec<bool>> = types
+        .iter()
+        .map(|name| match name.as_str() {
+            Some("sliding_attention") => Some(true),
+            Some("full_attention") => Some(false),
+            _ => None,
+        })
+        .collect();
+    sliding
+        .filter(|sliding| sliding.len() == layers)
+        .ok_or_else(|| {
+            let supported = "\"full_attention\" or \"sliding_attention\" for each layer";
+            keys.unsupported("layer_types", supported)
+        })
 }
 
 /// `{name}.{gate,up,down}_proj`.

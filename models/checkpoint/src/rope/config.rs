@@ -47,6 +47,8 @@ pub struct RopeKeys {
     pub context_length: usize,
     /// In Phi-3's files, `su` and `yarn` are older names of LongRoPE.
     pub yarn_is_longrope: bool,
+    /// What stands for `original_max_position_embeddings` at the top where it is absent; `None`: what the rule says, or `max_positions`.
+    pub original_positions: Option<usize>,
 }
 
 /// The one rotary embedding of a model.
@@ -85,6 +87,8 @@ pub fn read_rule(
         Some(_) => rule.positive_or("rope_theta", of.theta)?,
         None => keys.positive_or(of.theta_key, of.theta)?,
     };
+    // The rule's win, as in transformers.
+    keys.ignore(&[of.theta_key, of.partial.map_or("", |(key, _)| key)]);
     let rotary_dim = rotary_dim(keys, &rule, of)?;
     let scaling = Rule {
         keys,
@@ -186,18 +190,30 @@ impl<'a> Rule<'a> {
             }),
             // The rule stretches only from max_position_embeddings on, and no sequence is longer than that here: nothing to compute.
             "dynamic" => self.number("factor").map(|_| RopeScaling::None),
-            "llama3" => Ok(RopeScaling::Llama3 {
-                factor: self.number("factor")?,
-                low_freq_factor: self.number("low_freq_factor")?,
-                high_freq_factor: self.number("high_freq_factor")?,
-                original_max_position_embeddings: self
-                    .number("original_max_position_embeddings")?,
-            }),
+            "llama3" => self.llama3(),
             "longrope" | "su" => self.longrope(),
             "yarn" if self.of.yarn_is_longrope => self.longrope(),
             "yarn" => self.yarn(),
             other => Err(unusable(&Value::from(other))),
         }
+    }
+
+    fn llama3(&self) -> Result<RopeScaling, ConfigError> {
+        let (low, high) = (
+            self.number("low_freq_factor")?,
+            self.number("high_freq_factor")?,
+        );
+        if high <= low {
+            return Err(ConfigError::Inconsistent(format!(
+                "high_freq_factor = {high} is not above low_freq_factor = {low}"
+            )));
+        }
+        Ok(RopeScaling::Llama3 {
+            factor: self.number("factor")?,
+            low_freq_factor: low,
+            high_freq_factor: high,
+            original_max_position_embeddings: self.number("original_max_position_embeddings")?,
+        })
     }
 
     fn number(&self, key: &str) -> Result<f64, ConfigError> {
@@ -207,8 +223,15 @@ impl<'a> Rule<'a> {
     /// Positions of pre-training: at the top (Phi-3), in the rule, or all.
     fn original(&self) -> Result<f64, ConfigError> {
         let key = "original_max_position_embeddings";
-        let default = self.rule.positive_or(key, self.of.max_positions as f64)?;
-        self.keys.positive_or(key, default)
+        let of_rule = self.rule.positive_or(key, self.of.max_positions as f64)?;
+        let default = self.of.original_positions.map_or(of_rule, |n| n as f64);
+        let original = self.keys.positive_or(key, default)?;
+        if original <= 1.0 {
+            return Err(ConfigError::Inconsistent(format!(
+                "{key} = {original}; a rotary rule needs more than one position"
+            )));
+        }
+        Ok(original)
     }
 
     fn yarn(&self) -> Result<RopeScaling, ConfigError> {
