@@ -86,6 +86,7 @@ fn microseconds(vocab: u64, params: &SamplingParams) -> f64 {
                 params,
                 history: Some(&history),
                 suppressed: &[],
+                mask: None,
                 position,
             };
             std::hint::black_box(

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! understudy-engine serve --model DIR --fd N [--dtype D] [--device D] [--threads N]
-//!                         [--max-sequences N] [--context-length N] [--max-waiting N] [--step-tokens N]
+//!                         [--max-sequences N] [--kv-blocks N] [--context-length N] [--max-waiting N] [--step-tokens N]
 //! ```
 //!
 //! A node writes this line and an engine reads it, so it is strict: an unknown or repeated option is an error.
@@ -14,7 +14,7 @@ use crate::scheduler::SchedulerOptions;
 /// A command line that cannot be served.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 #[error(
-    "{0}; usage: serve --model DIR --fd N [--dtype f32|bf16|f16|auto] [--device auto|cpu|cuda:N] [--threads N] [--max-sequences N] [--context-length N] [--max-waiting N] [--step-tokens N]"
+    "{0}; usage: serve --model DIR --fd N [--dtype f32|bf16|f16|auto] [--device auto|cpu|cuda:N] [--threads N] [--max-sequences N] [--kv-blocks N] [--context-length N] [--max-waiting N] [--step-tokens N]"
 )]
 pub struct ArgsError(String);
 
@@ -39,11 +39,13 @@ pub struct EngineArgs {
     pub device: String,
     /// Compute threads; 0 lets the engine decide.
     pub threads: usize,
-    /// Slots.
+    /// Sequences that are computed at the same time at most.
     pub max_sequences: usize,
+    /// Blocks of the KV cache; `None` lets the engine decide.
+    pub kv_blocks: Option<usize>,
     /// A limit below the model's own context; `None` takes the model's.
     pub context_length: Option<usize>,
-    /// Attempts that may wait for a slot, and tokens per step.
+    /// Attempts that may wait for a place, and tokens per step.
     pub scheduler: SchedulerOptions,
 }
 
@@ -56,6 +58,7 @@ impl Default for EngineArgs {
             device: "auto".to_owned(),
             threads: 0,
             max_sequences: 16,
+            kv_blocks: None,
             context_length: None,
             scheduler: SchedulerOptions::default(),
         }
@@ -93,6 +96,7 @@ impl EngineArgs {
                 "--device" => args.device = values.text()?,
                 "--threads" => args.threads = values.number()?,
                 "--max-sequences" => args.max_sequences = values.positive()?,
+                "--kv-blocks" => args.kv_blocks = Some(values.positive()?),
                 "--context-length" => args.context_length = Some(values.positive()?),
                 "--max-waiting" => args.scheduler.max_waiting = values.number()?,
                 "--step-tokens" => args.scheduler.step_tokens = values.positive()?,
@@ -190,8 +194,8 @@ mod tests {
 
     #[test]
     fn a_full_line() {
-        let args = parse("serve --model m --fd 3 --dtype f32 --device cpu --threads 2 --max-sequences 4 --context-length 99 --max-waiting 0 --step-tokens 8 --extra 5").unwrap();
-        assert_eq!(args.context_length, Some(99));
+        let args = parse("serve --model m --fd 3 --dtype f32 --device cpu --threads 2 --max-sequences 4 --kv-blocks 77 --context-length 99 --max-waiting 0 --step-tokens 8 --extra 5").unwrap();
+        assert_eq!((args.context_length, args.kv_blocks), (Some(99), Some(77)));
         assert_eq!(
             args.scheduler,
             SchedulerOptions {

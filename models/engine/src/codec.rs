@@ -275,6 +275,9 @@ mod tests {
                 committed: vec![1, 2, u32::MAX],
                 expect_logprobs: vec![-0.5, f32::MIN_POSITIVE],
                 suspect: false,
+                priority: 0,
+                fork_of: None,
+                cache_salt: 0,
                 sampling: SamplingParams {
                     seed: u64::MAX,
                     stop_token_ids: vec![9],
@@ -409,6 +412,9 @@ mod tests {
             committed: vec![],
             expect_logprobs: vec![],
             suspect: false,
+            priority: 0,
+            fork_of: None,
+            cache_salt: 0,
             sampling: SamplingParams::default(),
         });
         let mut out = vec![1, 2, 3];

@@ -24,7 +24,9 @@ pub const MAX_FRAME_BYTES: usize = 16 * 1024 * 1024;
 /// What names one attempt at one request inside an engine: the request's id and the attempt's epoch.
 ///
 /// Tokens carry both back, so that a late token of an earlier attempt is recognised and dropped.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[derive(
+    Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Default, Serialize, Deserialize,
+)]
 pub struct AttemptId {
     /// The request, unique in the cluster (128 random bits).
     pub request: u128,
@@ -62,6 +64,20 @@ pub struct SamplingParams {
     pub ignore_eos: bool,
     /// How many most likely alternatives to report per position; the chosen token's own logprob is always reported.
     pub top_logprobs: u32,
+    /// Added to the logits of single tokens, before penalties. At most 1024 ids, each once; finite, -100 ..= 100.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub logit_bias: Vec<(u32, f32)>,
+    /// The only tokens that may be chosen; `None` allows all.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub allowed_token_ids: Option<Vec<u32>>,
+    /// How many tokens to draft at most by looking up what followed the same tokens earlier on, and to check in one step.
+    /// Changes how fast tokens come, never which; only engines that are exact do it. 0 (off) ..= 16.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub speculate: u32,
+}
+
+fn is_zero<T: Default + PartialEq>(number: &T) -> bool {
+    *number == T::default()
 }
 
 impl Default for SamplingParams {
@@ -80,6 +96,9 @@ impl Default for SamplingParams {
             stop_token_ids: Vec::new(),
             ignore_eos: false,
             top_logprobs: 0,
+            logit_bias: Vec::new(),
+            allowed_token_ids: None,
+            speculate: 0,
         }
     }
 }
@@ -96,7 +115,7 @@ pub struct OutputToken {
 }
 
 /// Work for the engine: a prompt, and the output tokens that are already committed and must be forced, not resampled.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct StartAttempt {
     pub attempt: AttemptId,
     pub prompt: Vec<u32>,
@@ -109,6 +128,16 @@ pub struct StartAttempt {
     /// [`EngineEvent::Alone`], so that another death shows whose it is.
     #[serde(default)]
     pub suspect: bool,
+    /// Higher ones are computed first; equal ones in order of arrival.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub priority: i32,
+    /// Another attempt with the same prompt, one of several completions of one request: if it is here, its computed prompt is
+    /// shared. Only a hint: the tokens are the same with or without.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub fork_of: Option<AttemptId>,
+    /// Cached prefixes are shared only among attempts with the same salt, so that tenants cannot probe each other's prompts.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub cache_salt: u128,
     pub sampling: SamplingParams,
 }
 
@@ -125,9 +154,13 @@ pub enum FinishReason {
 /// Node → engine.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
+#[expect(
+    clippy::large_enum_variant,
+    reason = "commands are decoded one at a time; queues hold them boxed"
+)]
 pub enum EngineCommand {
     Start(StartAttempt),
-    /// Stops an attempt and frees its slot; unknown attempts are ignored (they may just have finished).
+    /// Stops an attempt and frees its blocks; unknown attempts are ignored (they may just have finished).
     Cancel {
         attempt: AttemptId,
     },
@@ -157,7 +190,7 @@ pub enum AttemptError {
     /// Prompt, committed tokens or parameters that this model cannot serve. Final.
     #[error("invalid request: {0}")]
     Invalid(String),
-    /// All slots and the waiting queue are taken. Try another replica, or later.
+    /// Every place among the running and the waiting is taken. Try another replica, or later.
     #[error("engine is full: {running} running, {waiting} waiting (limit {limit})")]
     Full {
         running: u32,
@@ -182,7 +215,7 @@ pub enum AttemptError {
 fn mismatch_text(position: &u32, expected: &u32, actual: &u32) -> String {
     if *actual == NOT_COMPUTED_BITS {
         return format!(
-            "the log cannot be replayed here: this engine's context has room for {position} output tokens, and no fewer are committed; give all replicas of a model the same context_length"
+            "the log cannot be replayed here: this engine's context or KV cache has room for {position} output tokens, and no fewer are committed; give all replicas of a model the same context_length and as large a cache"
         );
     }
     format!(
@@ -225,6 +258,7 @@ pub struct EngineHealth {
     pub busy: bool,
     pub running: u32,
     pub waiting: u32,
+    /// Positions of all blocks that sequences hold.
     pub kv_used_tokens: u64,
     /// Totals since start.
     pub prompt_tokens: u64,
@@ -233,6 +267,24 @@ pub struct EngineHealth {
     /// Replayed logprobs that were close to the committed ones, but not bit-equal; 0 from engines that are exact.
     #[serde(default)]
     pub close_logprobs: u64,
+    /// Blocks that sequences hold, those that only the prefix cache holds, and all there are.
+    #[serde(default)]
+    pub kv_blocks_used: u32,
+    #[serde(default)]
+    pub kv_blocks_cached: u32,
+    #[serde(default)]
+    pub kv_blocks_total: u32,
+    /// Tokens that were found in the prefix cache instead of being computed.
+    #[serde(default)]
+    pub prefix_hit_tokens: u64,
+    /// Sequences that had to give their blocks to others.
+    #[serde(default)]
+    pub preemptions: u64,
+    /// Tokens that were drafted, and those of them that were the right ones.
+    #[serde(default)]
+    pub drafted_tokens: u64,
+    #[serde(default)]
+    pub accepted_tokens: u64,
     pub rss_bytes: u64,
 }
 
@@ -255,7 +307,7 @@ pub enum EngineEvent {
         /// Tokens of prompts that it ran through the model.
         #[serde(default)]
         prompt_tokens: u32,
-        /// Every token that came out of it, at most one per attempt.
+        /// Every token that came out of it: several of an attempt whose drafts were right, then at consecutive positions.
         tokens: Vec<StepToken>,
     },
     /// The attempt is over here; no tokens of it follow.

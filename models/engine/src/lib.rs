@@ -10,14 +10,17 @@
 //! committed token ids.
 //!
 //! Invariant: an output token is a pure function of (model, prompt, output before it, sampling parameters). Nothing here
-//! depends on time, threads, slots, neighbours or how a prompt was cut into chunks.
+//! depends on time, threads, blocks, neighbours or how a prompt was cut into chunks.
 
 pub mod args;
+pub mod blocks;
 pub mod chat;
 pub mod codec;
 pub mod detokenizer;
 pub mod fake;
 pub mod frame;
+pub mod kv_frame;
+pub mod mask;
 pub mod model_dir;
 pub mod penalties;
 pub mod replay;
@@ -28,6 +31,7 @@ pub mod scheduler;
 pub mod sequence;
 pub mod server;
 pub mod softmax;
+pub mod speculate;
 pub mod stop;
 #[cfg(test)]
 mod testing;

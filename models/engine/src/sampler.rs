@@ -2,9 +2,11 @@
 //!
 //! ```text
 //! raw logits ──> logprobs (log-softmax of the raw row)
-//!      └─> suppressed ids ─> penalties ─> greedy: argmax
-//!                                    └──> temperature ─> min-p ─> top-k ─> top-p ─> draw
+//!      └─> logit bias ─> penalties ─> suppressed ids, mask ─> greedy: argmax
+//!                                                        └──> temperature ─> min-p ─> top-k ─> top-p ─> draw
 //! ```
+//!
+//! The mask holds what `allowed_token_ids` and a grammar leave ([`crate::mask`]).
 //!
 //! Order and meaning of the steps are vLLM's. The draw is an inverse CDF over the tokens that are left, in id order,
 //! at one uniform number keyed (seed, position): see [`crate::rng`].
@@ -14,6 +16,7 @@
 
 use crate::{
     frame::{OutputToken, SamplingParams},
+    mask,
     penalties::{History, has_penalties},
     rng::{Domain, uniform},
     softmax::{LogSoftmax, Row, finite_max, masked_max, weights_into},
@@ -38,7 +41,9 @@ pub enum SampleError {
     #[error("logits are not finite")]
     NotFinite,
     /// Every token of the vocabulary is suppressed.
-    #[error("no token is left to choose from: min_tokens suppresses the whole vocabulary")]
+    #[error(
+        "no token is left to choose from: min_tokens, allowed_token_ids and the grammar between them rule out the whole vocabulary"
+    )]
     NothingLeft,
 }
 
@@ -52,6 +57,8 @@ pub struct SampleInput<'a> {
     pub history: Option<&'a History>,
     /// Ids that may not be chosen here (end-of-sequence before `min_tokens`).
     pub suppressed: &'a [u32],
+    /// The only ids that may be chosen here, as a bitmap of 32 ids a word, lowest bit first; `None` allows all.
+    pub mask: Option<&'a [u32]>,
     /// Output position, counted from 0.
     pub position: u32,
 }
@@ -59,7 +66,7 @@ pub struct SampleInput<'a> {
 /// Samples rows, one at a time. Holds scratch memory only: no state passes from one row to the next.
 #[derive(Debug, Default)]
 pub struct Sampler {
-    /// Logits after suppression and penalties.
+    /// Logits after bias, penalties and masks.
     adjusted: Vec<f32>,
     /// Unnormalised probabilities, the largest being 1.
     weights: Vec<f32>,
@@ -110,22 +117,34 @@ impl Sampler {
 
     fn choose(&mut self, input: SampleInput<'_>, raw: Row) -> Result<u32, SampleError> {
         let penalties = input.history.filter(|_| has_penalties(input.params));
+        let bias = &input.params.logit_bias;
+        let as_it_is = penalties.is_none()
+            && bias.is_empty()
+            && input.suppressed.is_empty()
+            && input.mask.is_none();
+        if as_it_is {
+            return Ok(self.choose_from(input.logits, raw, input));
+        }
         let mut adjusted = std::mem::take(&mut self.adjusted);
-        let chosen = if penalties.is_none() && input.suppressed.is_empty() {
-            Ok(self.choose_from(input.logits, raw, input))
-        } else {
-            adjusted.clear();
-            adjusted.extend_from_slice(input.logits);
-            if let Some(history) = penalties {
-                history.apply(input.params, &mut adjusted);
+        adjusted.clear();
+        adjusted.extend_from_slice(input.logits);
+        for &(id, bias) in bias {
+            if let Some(logit) = adjusted.get_mut(id as usize) {
+                *logit += bias;
             }
-            for &id in input.suppressed {
-                if let Some(logit) = adjusted.get_mut(id as usize) {
-                    *logit = f32::NEG_INFINITY;
-                }
+        }
+        if let Some(history) = penalties {
+            history.apply(input.params, &mut adjusted);
+        }
+        for &id in input.suppressed {
+            if let Some(logit) = adjusted.get_mut(id as usize) {
+                *logit = f32::NEG_INFINITY;
             }
-            masked_max(&adjusted).map(|row| self.choose_from(&adjusted, row, input))
-        };
+        }
+        if let Some(mask) = input.mask {
+            mask::apply(mask, &mut adjusted);
+        }
+        let chosen = masked_max(&adjusted).map(|row| self.choose_from(&adjusted, row, input));
         self.adjusted = adjusted;
         chosen
     }

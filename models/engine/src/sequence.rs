@@ -3,32 +3,70 @@
 //! ```text
 //!  tokens   | prompt ............ | committed ... | generated ... |
 //!           0                 prompt_len      forced_len     tokens.len()
-//!  cache    | computed .................|  (what the slot holds)
+//!  cache    | computed .................|  (what its blocks hold)
 //! ```
 //!
 //! Invariant: forced tokens (prompt and committed) are never sampled, only run through the model; what is generated
 //! after them is the same whether they were committed before or generated here. Penalties are a fold over `tokens`.
+//! A sequence that loses its blocks keeps its tokens: from then on they are forced. A draft is never among the tokens.
+
+mod cache;
+mod check;
+
+pub use check::{MAX_LOGIT_BIAS, MAX_LOGIT_BIAS_VALUE, MAX_STOP_TOKEN_IDS, MAX_TOP_LOGPROBS};
+use check::{check_log_fits, check_sampling, check_tokens};
 
 use crate::{
-    frame::{AttemptError, AttemptId, FinishReason, OutputToken, SamplingParams, StartAttempt},
+    blocks::BlockHash,
+    frame::{
+        AttemptError, AttemptId, FinishReason, OutputToken, SamplingParams, StartAttempt, StepToken,
+    },
+    mask::{self, TokenMask},
     penalties::{History, has_penalties},
-    replay::{NOT_COMPUTED_BITS, ReplayCheck, Verdict},
+    replay::{ReplayCheck, Verdict},
+    runner::{BLOCK, ModelInfo},
     sampler::{SampleError, SampleInput, Sampler},
+    speculate::Drafter,
 };
 
-/// Alternatives that may be asked for per position.
-pub const MAX_TOP_LOGPROBS: u32 = 64;
-/// Stop ids that one request may name.
-pub const MAX_STOP_TOKEN_IDS: usize = 256;
+/// Room reserved ahead at most; longer outputs grow by doubling, which is rare enough.
+const RESERVE_TOKENS: usize = 4096;
 
 /// What a model allows.
 #[derive(Debug, Clone)]
 pub struct Limits {
-    /// Prompt plus output tokens at most.
+    /// Prompt plus output tokens at most: of the model's context, or of the whole KV cache if that is smaller.
     pub context_length: usize,
+    /// Which of them, in words.
+    pub bounded_by: &'static str,
     pub vocab_size: usize,
     pub eos_token_ids: Vec<u32>,
     pub replay: ReplayCheck,
+    pub fingerprint: String,
+    /// Whether drafts may be computed together with what they follow: only if that changes no bit.
+    pub exact: bool,
+}
+
+impl Limits {
+    /// Those of a loaded model.
+    #[must_use]
+    pub fn of(info: &ModelInfo) -> Self {
+        let capacity = info.kv_blocks * BLOCK;
+        let bounded_by = if capacity < info.context_length {
+            "engine's KV cache"
+        } else {
+            "model's context"
+        };
+        Self {
+            context_length: info.context_length.min(capacity),
+            bounded_by,
+            vocab_size: info.vocab_size,
+            eos_token_ids: info.eos_token_ids.clone(),
+            replay: ReplayCheck::of(info),
+            fingerprint: info.fingerprint.clone(),
+            exact: info.exact,
+        }
+    }
 }
 
 /// Part of a sequence that one step computes. Positions count from the start of the prompt.
@@ -38,6 +76,14 @@ pub struct Span {
     pub end: usize,
     /// For how many of the last positions logits are wanted.
     pub logits_for: usize,
+}
+
+impl Span {
+    /// Positions in it.
+    #[must_use]
+    pub fn length(self) -> usize {
+        self.end - self.start
+    }
 }
 
 /// An admitted attempt.
@@ -62,6 +108,22 @@ pub struct Sequence {
     /// Every end-of-sequence and stop id; suppressed before `min_tokens`.
     ending_ids: Vec<u32>,
     context_length: usize,
+    priority: i32,
+    fork_of: Option<AttemptId>,
+    /// Whether some step has computed anything of it.
+    begun: bool,
+    /// Parent of the first block's hash.
+    root: BlockHash,
+    /// Hashes of its full blocks, as far as they were needed.
+    hashes: Vec<BlockHash>,
+    /// Bitmap of `allowed_token_ids`; empty without.
+    allowed: Vec<u32>,
+    grammar: Option<Box<dyn TokenMask>>,
+    /// Scratch: the bitmap for the next position.
+    mask: Vec<u32>,
+    drafter: Option<Drafter>,
+    /// The last token and the drafts after it, while a step computes them.
+    drafted: Vec<u32>,
 }
 
 impl Sequence {
@@ -80,6 +142,9 @@ impl Sequence {
             committed,
             expect_logprobs,
             suspect,
+            priority,
+            fork_of,
+            cache_salt,
             sampling,
         } = start;
         let mut ending_ids = limits.eos_token_ids.clone();
@@ -99,6 +164,16 @@ impl Sequence {
             history: None,
             ending_ids,
             context_length: limits.context_length,
+            priority,
+            fork_of,
+            begun: false,
+            root: BlockHash::root(&limits.fingerprint, cache_salt),
+            hashes: Vec::new(),
+            allowed: Vec::new(),
+            grammar: None,
+            mask: Vec::new(),
+            drafter: None,
+            drafted: Vec::new(),
             sampling,
             tokens,
         };
@@ -108,12 +183,12 @@ impl Sequence {
                 "the {committed} committed tokens already end the request (finish reason {reason:?}); nothing is left to generate"
             )));
         }
-        sequence.prepare();
+        sequence.prepare(limits);
         Ok(sequence)
     }
 
     /// Builds what the admission does not need: the history, and room so that no token allocates.
-    fn prepare(&mut self) {
+    fn prepare(&mut self, limits: &Limits) {
         let room = (self.sampling.max_tokens as usize).min(self.context_length - self.prompt_len);
         self.tokens
             .reserve_exact(room.saturating_sub(self.output_len()).min(RESERVE_TOKENS));
@@ -124,6 +199,24 @@ impl Sequence {
             output.iter().for_each(|&id| history.push(id));
             self.history = Some(history);
         }
+        let expected_len = self.tokens.len() + room.min(RESERVE_TOKENS);
+        self.hashes.reserve_exact(expected_len / BLOCK + 1);
+        if let Some(allowed) = self.sampling.allowed_token_ids.take() {
+            self.allowed = mask::bitmap_of(&allowed, limits.vocab_size);
+        }
+        if self.sampling.speculate > 0 && limits.exact {
+            let max_drafts = self.sampling.speculate;
+            self.drafter = Some(Drafter::new(max_drafts, expected_len));
+            self.drafted.reserve_exact(1 + max_drafts as usize);
+        }
+    }
+
+    /// Narrows what may be generated. The grammar must not have seen any token yet; it is given the committed ones.
+    pub fn set_grammar(&mut self, mut grammar: Box<dyn TokenMask>, vocab_size: usize) {
+        let committed = &self.tokens[self.prompt_len..];
+        committed.iter().for_each(|&id| grammar.accept(id));
+        self.mask.resize(mask::words_for(vocab_size), 0);
+        self.grammar = Some(grammar);
     }
 
     /// Who this is.
@@ -156,10 +249,14 @@ impl Sequence {
         self.tokens.len() - self.computed == 1
     }
 
-    /// The tokens of a span.
+    /// The tokens of a span, drafts included.
     #[must_use]
     pub fn tokens(&self, span: Span) -> &[u32] {
-        &self.tokens[span.start..span.end]
+        if span.end > self.tokens.len() {
+            &self.drafted[..span.length()]
+        } else {
+            &self.tokens[span.start..span.end]
+        }
     }
 
     /// How many tokens of a span belong to the prompt, and how many are replayed output.
@@ -173,8 +270,7 @@ impl Sequence {
     /// The next part to compute, of at most `max_tokens` tokens and `max_rows` rows of logits; `None` if no token fits.
     #[must_use]
     pub fn next_span(&self, max_tokens: usize, max_rows: usize) -> Option<Span> {
-        // The row of position p predicts token p + 1. Wanted are those that predict a checked or an unknown token.
-        let first_row = self.forced_len - 1 - self.expect_logprobs.len();
+        let first_row = self.first_row();
         let start = self.computed;
         let end = self
             .tokens
@@ -188,7 +284,35 @@ impl Sequence {
         })
     }
 
-    /// Takes the rows of a computed span: compares forced tokens with the log, samples the next one if it is due.
+    /// The row of position p predicts token p + 1. Wanted are those that predict a checked or an unknown token.
+    fn first_row(&self) -> usize {
+        self.forced_len - 1 - self.expect_logprobs.len()
+    }
+
+    /// Guesses what follows the last token: makes the span of a decoding sequence longer by up to `max_drafts` tokens, each
+    /// with logits of its own.
+    #[must_use]
+    pub fn with_drafts(&mut self, span: Span, max_drafts: usize) -> Span {
+        let Some(drafter) = &mut self.drafter else {
+            return span;
+        };
+        // The last draft leaves room for the token after it.
+        let left = (self.sampling.max_tokens as usize)
+            .min(self.context_length - self.prompt_len)
+            .saturating_sub(self.tokens.len() - self.prompt_len + 1);
+        self.drafted.clear();
+        self.drafted.extend(self.tokens.last());
+        drafter.draft(&self.tokens, left.min(max_drafts), &mut self.drafted);
+        let drafts = self.drafted.len() - 1;
+        Span {
+            end: span.end + drafts,
+            logits_for: span.logits_for + drafts,
+            ..span
+        }
+    }
+
+    /// Takes the rows of a computed span: compares forced tokens with the log, samples the next ones that are due and
+    /// appends them to `out`, several if drafts were right. Returns why it is over, if it is.
     ///
     /// `rows` holds `span.logits_for` rows of `vocab_size` logits.
     ///
@@ -198,23 +322,48 @@ impl Sequence {
         &mut self,
         span: Span,
         rows: &[f32],
-        vocab_size: usize,
+        limits: &Limits,
         sampler: &mut Sampler,
-    ) -> Result<Option<OutputToken>, AttemptError> {
-        self.computed = span.end;
-        let mut sampled = None;
+        out: &mut Vec<StepToken>,
+    ) -> Result<Option<FinishReason>, AttemptError> {
+        self.begun = true;
+        let known = self.tokens.len();
+        self.computed = span.end.min(known);
+        let drafts = span.end - self.computed;
         for (row, position) in rows
-            .chunks_exact(vocab_size)
+            .chunks_exact(limits.vocab_size)
             .zip(span.end - span.logits_for..)
         {
             let predicted = position + 1;
-            if predicted < self.tokens.len() {
+            if predicted < known {
                 self.check_replay(predicted, row, sampler)?;
-            } else {
-                sampled = Some(self.sample(row, sampler)?);
+                continue;
+            }
+            let token = self.sample(row, sampler)?;
+            // The row was computed after the right tokens only; the last one sampled is not in the cache as such.
+            self.computed = predicted;
+            let guess = self.drafted.get(predicted + 1 - known);
+            let right = predicted < span.end && guess == Some(&token.id);
+            let finish = self.finish_reason(&limits.eos_token_ids);
+            out.push(StepToken {
+                attempt: self.attempt,
+                position: (predicted - self.prompt_len) as u32,
+                token,
+                finish,
+                waited_ms: None,
+            });
+            if finish.is_some() || !right {
+                self.learn(drafts, predicted - known);
+                return Ok(finish);
             }
         }
-        Ok(sampled)
+        Ok(None)
+    }
+
+    fn learn(&mut self, drafts: usize, accepted: usize) {
+        if let Some(drafter) = self.drafter.as_mut().filter(|_| drafts > 0) {
+            drafter.learn(drafts, accepted);
+        }
     }
 
     /// How many logprobs were found again only approximately since the last call.
@@ -254,11 +403,22 @@ impl Sequence {
         } else {
             &[]
         };
+        if let Some(grammar) = &mut self.grammar {
+            grammar.mask(&mut self.mask);
+            if !self.allowed.is_empty() {
+                mask::intersect(&mut self.mask, &self.allowed);
+            }
+        }
+        let mask = match &self.grammar {
+            Some(_) => Some(self.mask.as_slice()),
+            None => Some(self.allowed.as_slice()).filter(|allowed| !allowed.is_empty()),
+        };
         let input = SampleInput {
             logits: row,
             params: &self.sampling,
             history: self.history.as_ref(),
             suppressed,
+            mask,
             position,
         };
         let token = sampler.sample(input).map_err(|error| match error {
@@ -269,6 +429,9 @@ impl Sequence {
         self.suspect = false;
         if let Some(history) = &mut self.history {
             history.push(token.id);
+        }
+        if let Some(grammar) = &mut self.grammar {
+            grammar.accept(token.id);
         }
         Ok(token)
     }
@@ -291,136 +454,5 @@ impl Sequence {
         } else {
             None
         }
-    }
-}
-
-/// Room reserved ahead at most; longer outputs grow by doubling, which is rare enough.
-const RESERVE_TOKENS: usize = 4096;
-
-/// A log with output was once admitted, by an engine with a longer context: the request is well, and another replica can go on with it.
-/// So the refusal must not be final.
-fn check_log_fits(start: &StartAttempt, limits: &Limits) -> Result<(), AttemptError> {
-    let committed = start.committed.len();
-    let room = limits.context_length.saturating_sub(start.prompt.len());
-    if committed == 0 || committed < room {
-        return Ok(());
-    }
-    Err(AttemptError::ReplayMismatch {
-        position: room as u32,
-        expected: start
-            .expect_logprobs
-            .last()
-            .map_or(NOT_COMPUTED_BITS, |logprob| logprob.to_bits()),
-        actual: NOT_COMPUTED_BITS,
-    })
-}
-
-fn check_tokens(start: &StartAttempt, limits: &Limits) -> Result<(), String> {
-    let (prompt, committed) = (start.prompt.len(), start.committed.len());
-    if prompt == 0 {
-        return Err(
-            "the prompt is empty; give at least one token, such as the beginning-of-text id"
-                .to_owned(),
-        );
-    }
-    if prompt >= limits.context_length {
-        return Err(format!(
-            "the prompt has {prompt} tokens, and the model's context of {} tokens must hold at least one more for the output; shorten the prompt by {} tokens",
-            limits.context_length,
-            prompt + 1 - limits.context_length
-        ));
-    }
-    let foreign = start
-        .prompt
-        .iter()
-        .chain(&start.committed)
-        .position(|&id| id as usize >= limits.vocab_size);
-    if let Some(index) = foreign {
-        return Err(format!(
-            "the token at index {index} is not in the vocabulary of {} ids",
-            limits.vocab_size
-        ));
-    }
-    if start.expect_logprobs.len() > committed {
-        return Err(format!(
-            "{} logprobs are to be compared, but only {committed} tokens are committed",
-            start.expect_logprobs.len()
-        ));
-    }
-    Ok(())
-}
-
-fn check_sampling(sampling: &SamplingParams, limits: &Limits) -> Result<(), String> {
-    let range = |name: &str, value: f32, ok: bool, allowed: &str| {
-        if ok {
-            Ok(())
-        } else {
-            Err(format!("{name} is {value}; allowed is {allowed}"))
-        }
-    };
-    let s = sampling;
-    range(
-        "temperature",
-        s.temperature,
-        (0.0..=100.0).contains(&s.temperature),
-        "0 to 100",
-    )?;
-    range(
-        "top_p",
-        s.top_p,
-        s.top_p > 0.0 && s.top_p <= 1.0,
-        "above 0, at most 1",
-    )?;
-    range("min_p", s.min_p, (0.0..=1.0).contains(&s.min_p), "0 to 1")?;
-    let repetition = s.repetition_penalty;
-    range(
-        "repetition_penalty",
-        repetition,
-        repetition > 0.0 && repetition <= 100.0,
-        "above 0, at most 100",
-    )?;
-    range(
-        "presence_penalty",
-        s.presence_penalty,
-        (-2.0..=2.0).contains(&s.presence_penalty),
-        "-2 to 2",
-    )?;
-    range(
-        "frequency_penalty",
-        s.frequency_penalty,
-        (-2.0..=2.0).contains(&s.frequency_penalty),
-        "-2 to 2",
-    )?;
-    if s.max_tokens == 0 {
-        return Err("max_tokens is 0; ask for at least 1".to_owned());
-    }
-    if s.min_tokens > s.max_tokens {
-        return Err(format!(
-            "min_tokens ({}) is above max_tokens ({})",
-            s.min_tokens, s.max_tokens
-        ));
-    }
-    if s.top_logprobs > MAX_TOP_LOGPROBS {
-        return Err(format!(
-            "top_logprobs is {}; allowed is 0 to {MAX_TOP_LOGPROBS}",
-            s.top_logprobs
-        ));
-    }
-    if s.stop_token_ids.len() > MAX_STOP_TOKEN_IDS {
-        return Err(format!(
-            "{} stop token ids; allowed are {MAX_STOP_TOKEN_IDS}",
-            s.stop_token_ids.len()
-        ));
-    }
-    match s
-        .stop_token_ids
-        .iter()
-        .find(|&&id| id as usize >= limits.vocab_size)
-    {
-        Some(id) => Err(format!(
-            "stop token id {id} is not in the vocabulary of {} ids",
-            limits.vocab_size
-        )),
-        None => Ok(()),
     }
 }

@@ -146,7 +146,7 @@ fn run(
     let mut runner = ManuallyDrop::new(runner);
     runner.set_ticks(link.ticks());
     let mut scheduler = Scheduler::new(runner.info(), options.scheduler);
-    inbox.set_slots(runner.info().max_sequences);
+    inbox.set_max_sequences(runner.info().max_sequences);
     let send_failed = |error: CodecError| {
         (
             ExitStatus::BadFrame,
@@ -178,7 +178,8 @@ fn run(
             steps += 1;
             waits.step(&mut outcome, begins);
             link.publish(&scheduler, steps);
-            report(outcome, steps, link, &mut ended).map_err(send_failed)?;
+            let spent = report(outcome, steps, link, &mut ended).map_err(send_failed)?;
+            scheduler.recycle(spent);
         }
         waits.forget(&ended);
         inbox.forget(&mut ended);
@@ -215,34 +216,29 @@ fn apply(
     }
 }
 
+/// Sends what a step brought forth. Returns the memory that it came in.
 fn report(
-    outcome: StepOutcome,
+    mut outcome: StepOutcome,
     step: u64,
     link: &Link,
     ended: &mut Vec<AttemptId>,
-) -> Result<(), CodecError> {
-    let StepOutcome {
-        tokens,
-        failed,
-        prompt_tokens,
-        ..
-    } = outcome;
-    ended.extend(
-        tokens
-            .iter()
-            .filter(|token| token.finish.is_some())
-            .map(|token| token.attempt),
-    );
-    link.send(&EngineEvent::Step {
+) -> Result<StepOutcome, CodecError> {
+    let ended_well = outcome.tokens.iter().filter(|token| token.finish.is_some());
+    ended.extend(ended_well.map(|token| token.attempt));
+    let event = EngineEvent::Step {
         step,
-        prompt_tokens,
-        tokens,
-    })?;
-    for (attempt, error) in failed {
+        prompt_tokens: outcome.prompt_tokens,
+        tokens: std::mem::take(&mut outcome.tokens),
+    };
+    link.send(&event)?;
+    if let EngineEvent::Step { tokens, .. } = event {
+        outcome.tokens = tokens;
+    }
+    for (attempt, error) in outcome.failed.drain(..) {
         ended.push(attempt);
         link.send(&EngineEvent::AttemptFailed { attempt, error })?;
     }
-    Ok(())
+    Ok(outcome)
 }
 
 fn engine_info(info: &ModelInfo, started: Instant) -> EngineInfo {

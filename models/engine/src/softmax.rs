@@ -21,10 +21,17 @@ impl Row {
     /// The lowest id that has the largest value.
     #[must_use]
     pub fn argmax(self, logits: &[f32]) -> u32 {
-        logits
+        // Whole blocks first: a comparison of 16 at a time is a vector one.
+        let (blocks, _) = logits.as_chunks::<LANES>();
+        let skipped = blocks
+            .iter()
+            .take_while(|block| !block.iter().fold(false, |any, &x| any | (x == self.max)))
+            .count()
+            * LANES;
+        logits[skipped..]
             .iter()
             .position(|&logit| logit == self.max)
-            .unwrap_or(0) as u32
+            .map_or(0, |index| skipped + index) as u32
     }
 }
 
@@ -41,17 +48,10 @@ pub fn finite_max(logits: &[f32]) -> Option<Row> {
 /// # Errors
 /// [`SampleError::NotFinite`] for NaN or plus infinity, [`SampleError::NothingLeft`] if all is minus infinity.
 pub fn masked_max(logits: &[f32]) -> Result<Row, SampleError> {
-    let mut max = f32::NEG_INFINITY;
-    for &logit in logits {
-        if logit.is_nan() || logit == f32::INFINITY {
-            return Err(SampleError::NotFinite);
-        }
-        max = if logit > max { logit } else { max };
-    }
-    if max == f32::NEG_INFINITY {
-        Err(SampleError::NothingLeft)
-    } else {
-        Ok(Row { max })
+    match dispatch_scan(logits) {
+        (_, false) => Err(SampleError::NotFinite),
+        (f32::NEG_INFINITY, true) => Err(SampleError::NothingLeft),
+        (max, true) => Ok(Row { max }),
     }
 }
 

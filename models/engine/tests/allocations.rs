@@ -40,6 +40,7 @@ fn a_token_allocates_nothing_in_steady_state() {
     let logits: Vec<f32> = (0..5000_u32)
         .map(|id| (id.wrapping_mul(2_654_435_761) >> 20) as f32 / 400.0)
         .collect();
+    let mask = vec![0x5555_5555; 157];
     let base = SamplingParams {
         temperature: 0.8,
         ..SamplingParams::default()
@@ -70,6 +71,7 @@ fn a_token_allocates_nothing_in_steady_state() {
                 params,
                 history: Some(&history),
                 suppressed: &[7],
+                mask: Some(&mask),
                 position,
             };
             let id = sampler.sample(input).unwrap().id;

@@ -157,6 +157,9 @@ fn attempt(request: u128, max_tokens: u32) -> StartAttempt {
         committed: vec![],
         expect_logprobs: vec![],
         suspect: false,
+        priority: 0,
+        fork_of: None,
+        cache_salt: 0,
         sampling: SamplingParams {
             max_tokens,
             ..SamplingParams::default()

@@ -154,7 +154,7 @@ fn shape(args: &EngineArgs, fake: &FakeArgs) -> FakeOptions {
         vocab_size,
         context_length,
         max_sequences: args.max_sequences,
-        kv_blocks: None,
+        kv_blocks: args.kv_blocks,
         check_all: false,
         eos_token_ids: fake
             .eos_token_ids

@@ -9,6 +9,7 @@ fn input<'a>(logits: &'a [f32], params: &'a SamplingParams, position: u32) -> Sa
         params,
         history: None,
         suppressed: &[],
+        mask: None,
         position,
     }
 }
@@ -414,5 +415,65 @@ fn no_state_passes_from_one_row_to_the_next() {
             .sample(input(&logits, &params, round))
             .unwrap();
         assert_eq!(used.sample(input(&logits, &params, round)).unwrap(), fresh);
+    }
+}
+
+fn bias_and_mask<'a>(params: &'a SamplingParams, mask: &'a [u32]) -> SampleInput<'a> {
+    SampleInput {
+        mask: Some(mask),
+        ..input(&[9.0, 8.0, 1.0, -4.0], params, 0)
+    }
+}
+
+#[test]
+fn a_bias_is_added_before_penalties_and_does_not_reach_logprobs() {
+    let mut sampler = Sampler::new();
+    let mut history = History::of_prompt(&[]);
+    history.push(3);
+    // (-4 + 14) / 2 = 5 is below 9 - 3.5; after the penalty, -4 * 2 + 14 = 6 would be above it.
+    let params = SamplingParams {
+        logit_bias: vec![(3, 14.0), (0, -3.5), (1, -8.0), (77, 1.0)],
+        repetition_penalty: 2.0,
+        ..SamplingParams::default()
+    };
+    let row = [9.0, 8.0, 1.0, -4.0];
+    let token = sampler
+        .sample(SampleInput {
+            history: Some(&history),
+            ..input(&row, &params, 0)
+        })
+        .unwrap();
+    assert_eq!(token.id, 0);
+    let plain = sampler.logprob(&row, 0).unwrap();
+    assert_eq!(token.logprob.to_bits(), plain.to_bits());
+}
+
+#[test]
+fn only_what_the_mask_allows_is_chosen_and_nothing_else_is_an_error() {
+    let mut sampler = Sampler::new();
+    for temperature in [0.0, 1.0, 100.0] {
+        for seed in 0..100 {
+            let params = SamplingParams {
+                temperature,
+                seed,
+                logit_bias: vec![(0, 100.0)],
+                ..SamplingParams::default()
+            };
+            let id = sampler
+                .sample(bias_and_mask(&params, &[0b1100]))
+                .unwrap()
+                .id;
+            assert!(id == 2 || id == 3 && temperature > 0.0, "{id}");
+            let suppressed = SampleInput {
+                suppressed: &[2],
+                ..bias_and_mask(&params, &[0b1100])
+            };
+            assert_eq!(sampler.sample(suppressed).unwrap().id, 3);
+        }
+    }
+    let params = SamplingParams::default();
+    for mask in [&[0][..], &[]] {
+        let error = sampler.sample(bias_and_mask(&params, mask)).unwrap_err();
+        assert_eq!(error, SampleError::NothingLeft);
     }
 }

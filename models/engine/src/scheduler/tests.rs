@@ -3,6 +3,9 @@
 mod batching;
 mod endings;
 mod resume;
+mod schedules;
+mod sharing;
+mod speculation;
 
 use std::collections::HashMap;
 
@@ -127,6 +130,9 @@ fn start(request: u128, prompt: &[u32], sampling: &SamplingParams) -> StartAttem
         committed: vec![],
         expect_logprobs: vec![],
         suspect: false,
+        priority: 0,
+        fork_of: None,
+        cache_salt: 0,
         sampling: sampling.clone(),
     }
 }

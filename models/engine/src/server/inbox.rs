@@ -3,7 +3,7 @@
 //! The reader must never wait for the model thread, or it would not see the socket close. So the inbox answers at once:
 //! a start beyond its bound is refused, and a cancel is kept only for an attempt that is known, once.
 //!
-//! Invariant: at most `slots + max_waiting` attempts are live (queued here, waiting or running), so starts and cancels in
+//! Invariant: at most `max_sequences + max_waiting` attempts are live (queued here, waiting or running), so starts and cancels in
 //! the queue are bounded by it.
 
 use std::{
@@ -32,7 +32,7 @@ struct State {
     queue: VecDeque<Work>,
     live: HashSet<AttemptId>,
     /// 0 until the model is loaded.
-    slots: usize,
+    max_sequences: usize,
 }
 
 /// The queue itself; see the module.
@@ -53,9 +53,9 @@ impl Inbox {
         }
     }
 
-    /// Raises the bound, once the number of slots is known.
-    pub fn set_slots(&self, slots: usize) {
-        self.lock().slots = slots;
+    /// Raises the bound, once the number of sequences that can run is known.
+    pub fn set_max_sequences(&self, max_sequences: usize) {
+        self.lock().max_sequences = max_sequences;
     }
 
     /// Queues an attempt. One that is live already is dropped: starting is idempotent.
@@ -72,9 +72,9 @@ impl Inbox {
             .live
             .iter()
             .any(|live| live.request == start.attempt.request);
-        let capacity = state.slots + self.max_waiting;
+        let capacity = state.max_sequences + self.max_waiting;
         if state.live.len() >= capacity && !replaces || state.live.len() > 2 * capacity {
-            let running = state.live.len().min(state.slots);
+            let running = state.live.len().min(state.max_sequences);
             return Err(AttemptError::Full {
                 running: running as u32,
                 waiting: (state.live.len() - running) as u32,
@@ -144,6 +144,9 @@ mod tests {
             committed: vec![],
             expect_logprobs: vec![],
             suspect: false,
+            priority: 0,
+            fork_of: None,
+            cache_salt: 0,
             sampling: SamplingParams::default(),
         }
     }

@@ -59,6 +59,13 @@ struct Counters {
     generated_tokens: AtomicU64,
     replayed_tokens: AtomicU64,
     close_logprobs: AtomicU64,
+    kv_blocks_used: AtomicU32,
+    kv_blocks_cached: AtomicU32,
+    kv_blocks_total: AtomicU32,
+    prefix_hit_tokens: AtomicU64,
+    preemptions: AtomicU64,
+    drafted_tokens: AtomicU64,
+    accepted_tokens: AtomicU64,
 }
 
 /// The way to the node, shared by all threads. A node that does not read makes all of them wait, which is the
@@ -142,6 +149,24 @@ impl Link {
         counters
             .close_logprobs
             .store(totals.close_logprobs, Relaxed);
+        let blocks = scheduler.block_counts();
+        counters.kv_blocks_used.store(blocks.used as u32, Relaxed);
+        counters
+            .kv_blocks_cached
+            .store(blocks.cached as u32, Relaxed);
+        counters
+            .kv_blocks_total
+            .store(blocks.total() as u32, Relaxed);
+        counters
+            .prefix_hit_tokens
+            .store(totals.prefix_hit_tokens, Relaxed);
+        counters.preemptions.store(totals.preemptions, Relaxed);
+        counters
+            .drafted_tokens
+            .store(totals.drafted_tokens, Relaxed);
+        counters
+            .accepted_tokens
+            .store(totals.accepted_tokens, Relaxed);
     }
 
     /// What the runner shall move while it computes.
@@ -163,6 +188,13 @@ impl Link {
             generated_tokens: counters.generated_tokens.load(Relaxed),
             replayed_tokens: counters.replayed_tokens.load(Relaxed),
             close_logprobs: counters.close_logprobs.load(Relaxed),
+            kv_blocks_used: counters.kv_blocks_used.load(Relaxed),
+            kv_blocks_cached: counters.kv_blocks_cached.load(Relaxed),
+            kv_blocks_total: counters.kv_blocks_total.load(Relaxed),
+            prefix_hit_tokens: counters.prefix_hit_tokens.load(Relaxed),
+            preemptions: counters.preemptions.load(Relaxed),
+            drafted_tokens: counters.drafted_tokens.load(Relaxed),
+            accepted_tokens: counters.accepted_tokens.load(Relaxed),
             rss_bytes,
         }
     }

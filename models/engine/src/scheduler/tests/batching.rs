@@ -40,7 +40,7 @@ fn a_step_keeps_its_budget_and_never_starves_a_decode() {
     let last = lab.runner.steps.last().unwrap();
     assert_eq!(
         last[2..],
-        [(26, 96, 4, 1), (39, 0, 4, 0)],
+        [(2, 96, 4, 1), (9, 0, 4, 0)],
         "what is left goes to the next prompt"
     );
     lab.run();

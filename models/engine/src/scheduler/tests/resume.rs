@@ -183,7 +183,7 @@ fn totals_tell_prompt_replay_and_output_apart() {
             prompt_tokens: 7,
             replayed_tokens: 9,
             generated_tokens: 11,
-            close_logprobs: 0,
+            ..Totals::default()
         }
     );
 }
