@@ -88,7 +88,8 @@ impl StoredType {
     }
 
     /// By safetensors' name.
-    pub(crate) fn of(dtype: &str) -> Option<Self> {
+    #[must_use]
+    pub fn of(dtype: &str) -> Option<Self> {
         match dtype {
             "F32" => Some(Self::F32),
             "BF16" => Some(Self::Bf16),

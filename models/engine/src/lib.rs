@@ -14,6 +14,7 @@
 
 pub mod args;
 pub mod blocks;
+pub mod breakdown;
 pub mod chat;
 pub mod codec;
 pub mod detokenizer;

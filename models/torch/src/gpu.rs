@@ -14,6 +14,12 @@ type Init = unsafe extern "C" fn(u32) -> c_int;
 type Get = unsafe extern "C" fn(*mut c_int, c_int) -> c_int;
 type GetName = unsafe extern "C" fn(*mut c_char, c_int, c_int) -> c_int;
 type TotalMemory = unsafe extern "C" fn(*mut usize, c_int) -> c_int;
+type Context = *mut c_void;
+type Retain = unsafe extern "C" fn(*mut Context, c_int) -> c_int;
+type Release = unsafe extern "C" fn(c_int) -> c_int;
+type Push = unsafe extern "C" fn(Context) -> c_int;
+type Pop = unsafe extern "C" fn(*mut Context) -> c_int;
+type Memory = unsafe extern "C" fn(*mut usize, *mut usize) -> c_int;
 
 /// Such as `NVIDIA H100 80GB HBM3`; `None` if the driver does not say.
 #[must_use]
@@ -44,6 +50,36 @@ pub fn memory_bytes(index: usize) -> Option<u64> {
         total(&raw mut bytes, device)
     };
     (status == SUCCESS).then_some(bytes as u64)
+}
+
+/// Bytes of its memory that nobody has; `None` if the driver does not say.
+///
+/// Asked in the context that LibTorch computes in (a device's primary one), which is made if there is none yet.
+#[must_use]
+pub fn free_bytes(index: usize) -> Option<u64> {
+    let (driver, device) = device(index)?;
+    let (mut context, mut popped) = (std::ptr::null_mut(), std::ptr::null_mut());
+    let (mut free, mut total) = (0, 0);
+    // SAFETY: the symbols have these types in every driver since CUDA 7; what is retained is released, what is pushed is popped.
+    let status = unsafe {
+        let retain: Retain = std::mem::transmute(symbol(driver, c"cuDevicePrimaryCtxRetain")?);
+        let release: Release =
+            std::mem::transmute(symbol(driver, c"cuDevicePrimaryCtxRelease_v2")?);
+        let push: Push = std::mem::transmute(symbol(driver, c"cuCtxPushCurrent_v2")?);
+        let pop: Pop = std::mem::transmute(symbol(driver, c"cuCtxPopCurrent_v2")?);
+        let memory: Memory = std::mem::transmute(symbol(driver, c"cuMemGetInfo_v2")?);
+        if retain(&raw mut context, device) != SUCCESS {
+            return None;
+        }
+        let mut status = push(context);
+        if status == SUCCESS {
+            status = memory(&raw mut free, &raw mut total);
+            pop(&raw mut popped);
+        }
+        release(device);
+        status
+    };
+    (status == SUCCESS).then_some(free as u64)
 }
 
 /// The driver's library and its handle of a device.
@@ -79,5 +115,6 @@ mod tests {
     fn a_gpu_that_is_not_there_has_no_name() {
         assert_eq!(name(4096), None);
         assert_eq!(memory_bytes(4096), None);
+        assert_eq!(free_bytes(4096), None);
     }
 }

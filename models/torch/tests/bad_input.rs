@@ -6,6 +6,7 @@ use common::Scratch;
 use serde_json::{Value, json};
 use understudy_torch::device::DeviceChoice;
 use understudy_torch::load::{LoadOptions, load};
+use understudy_torch::options::KvMemory;
 
 const SINGLE: &str = "f32_gqa_tied";
 const SHARDED: &str = "f32_untied_sharded";
@@ -171,9 +172,9 @@ fn tensors_that_do_not_fit_are_named() {
         &scratch,
         &options(),
         &[
-            "model.layers.0.mlp.gate_proj.weight",
-            "[75, 42]",
-            "[76, 42]",
+            "model.layers.0.mlp.down_proj.weight",
+            "[42, 75]",
+            "[42, 76]",
         ],
     );
 
@@ -324,17 +325,14 @@ fn hostile_shapes_are_errors_whatever_the_type() {
 fn hostile_configurations_are_errors_before_anything_is_allocated() {
     let scratch = Scratch::of_golden(SINGLE);
     scratch.edit_config(|config| {
-        for key in [
-            "num_key_value_heads",
-            "num_attention_heads",
-            "num_hidden_layers",
-        ] {
-            config[key] = json!(i32::MAX);
-        }
-        config["head_dim"] = json!(i32::MAX - 1);
         config["max_position_embeddings"] = json!(i32::MAX);
     });
-    refused(&scratch, &options(), &["KV cache", "17592186044415 MiB"]);
+    refused(
+        &scratch,
+        &options(),
+        // 2^27 blocks of 7680 bytes.
+        &["KV cache", "983040 MiB", "context_length"],
+    );
     let output = std::process::Command::new(env!("CARGO_BIN_EXE_understudy-engine"))
         .arg("inspect")
         .arg(&scratch.0)
@@ -439,10 +437,10 @@ fn configurations_that_cannot_be_computed_are_refused() {
         ),
         (
             "rope_parameters",
-            json!({"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}),
-            &["yarn"],
+            json!({"rope_type": "proportional", "rope_theta": 1e4, "factor": 2.0}),
+            &["proportional"],
         ),
-        ("hidden_act", json!("gelu"), &["hidden_act"]),
+        ("hidden_act", json!("quick_gelu"), &["hidden_act"]),
         ("num_key_value_heads", json!(4), &["num_key_value_heads"]),
         ("head_dim", json!(9), &["head_dim"]),
         ("vocab_size", json!("many"), &["config.json"]),
@@ -493,10 +491,10 @@ fn options_that_do_not_fit_the_model_are_refused() {
     refused(
         &scratch,
         &LoadOptions {
-            max_sequences: 100_000_000,
+            kv_memory: KvMemory::Bytes(1 << 16),
             ..options()
         },
-        &["KV cache", "max_sequences"],
+        &["KV cache", "256 positions", "kv_memory"],
     );
     if !std::path::Path::new("/dev/nvidiactl").exists() {
         refused(

@@ -3,14 +3,13 @@
 
 mod common;
 
-use common::{bits, golden, open};
+use common::{bits, golden, open, scheduled, table};
 use fastrand::Rng;
-use understudy_engine_core::runner::{Chunk, ModelRunner, Slot};
-use understudy_torch::load::{DtypeChoice, LoadOptions, load};
-use understudy_torch::runner::{LlamaRunner, Numerics};
+use understudy_engine_core::runner::{Chunk, ModelRunner};
+use understudy_torch::load::{LoadOptions, load, load_stock};
+use understudy_torch::options::{DtypeChoice, Numerics};
 
-const SLOTS: usize = 7;
-const SEQUENCES: usize = 5;
+const PLACES: usize = 7;
 
 /// Token ids of the sequences, of various lengths; the same for every schedule.
 fn sequences(vocab: usize) -> Vec<Vec<u32>> {
@@ -20,15 +19,16 @@ fn sequences(vocab: usize) -> Vec<Vec<u32>> {
         .to_vec()
 }
 
-/// Every row of every sequence, computed alone, one token at a time, in slot 0.
-fn plain(runner: &mut LlamaRunner, sequences: &[Vec<u32>]) -> Vec<Vec<f32>> {
+/// Every row of every sequence, computed alone, one token at a time, in the same blocks.
+fn plain(runner: &mut dyn ModelRunner, sequences: &[Vec<u32>]) -> Vec<Vec<f32>> {
+    let table = table(runner, 0);
     let mut rows = Vec::new();
     for tokens in sequences {
         let mut logits = Vec::new();
         for (start, token) in tokens.iter().enumerate() {
             let mut row = Vec::new();
             let chunk = Chunk {
-                slot: Slot(0),
+                table: &table,
                 start,
                 tokens: std::slice::from_ref(token),
                 logits_for: 1,
@@ -36,51 +36,7 @@ fn plain(runner: &mut LlamaRunner, sequences: &[Vec<u32>]) -> Vec<Vec<f32>> {
             runner.execute(&[chunk], &mut row).unwrap();
             logits.extend(row);
         }
-        runner.release(Slot(0));
         rows.push(logits);
-    }
-    rows
-}
-
-/// The same rows by a random schedule. Slots are reused from schedule to schedule, so old keys lie behind new ones.
-fn scheduled(runner: &mut LlamaRunner, sequences: &[Vec<u32>], rng: &mut Rng) -> Vec<Vec<f32>> {
-    let mut slots: Vec<u32> = (0..SLOTS as u32).collect();
-    rng.shuffle(&mut slots);
-    let vocab = runner.info().vocab_size;
-    let mut done = [0; SEQUENCES];
-    let mut rows = vec![Vec::new(); SEQUENCES];
-    while (0..SEQUENCES).any(|s| done[s] < sequences[s].len()) {
-        let mut members: Vec<usize> = (0..SEQUENCES)
-            .filter(|s| done[*s] < sequences[*s].len() && rng.f32() < 0.7)
-            .collect();
-        rng.shuffle(&mut members);
-        let chunks: Vec<Chunk<'_>> = members
-            .iter()
-            .map(|s| {
-                let left = sequences[*s].len() - done[*s];
-                let take = if rng.bool() {
-                    1
-                } else {
-                    1 + rng.usize(0..left)
-                };
-                Chunk {
-                    slot: Slot(slots[*s]),
-                    start: done[*s],
-                    tokens: &sequences[*s][done[*s]..done[*s] + take],
-                    logits_for: take,
-                }
-            })
-            .collect();
-        let mut logits = Vec::new();
-        runner.execute(&chunks, &mut logits).unwrap();
-        let mut rest = logits.as_slice();
-        for (s, chunk) in members.iter().zip(&chunks) {
-            let (own, others) = rest.split_at(chunk.tokens.len() * vocab);
-            rows[*s].extend_from_slice(own);
-            done[*s] += chunk.tokens.len();
-            rest = others;
-        }
-        assert!(rest.is_empty());
     }
     rows
 }
@@ -89,7 +45,7 @@ fn options(numerics: Numerics, threads: usize) -> LoadOptions {
     LoadOptions {
         numerics,
         threads,
-        max_sequences: SLOTS,
+        max_sequences: PLACES,
         context_length: Some(96),
         ..LoadOptions::default()
     }
@@ -105,7 +61,7 @@ fn differing(name: &str, numerics: Numerics, threads: usize, schedules: u64) -> 
         .collect();
     (0..schedules)
         .filter(|seed| {
-            let rows = scheduled(&mut runner, &sequences, &mut Rng::with_seed(*seed));
+            let rows = scheduled(&mut runner, &sequences, PLACES, &mut Rng::with_seed(*seed));
             let same = rows
                 .iter()
                 .zip(&expected)
@@ -119,6 +75,7 @@ fn differing(name: &str, numerics: Numerics, threads: usize, schedules: u64) -> 
 }
 
 #[test]
+#[ignore = "exact numerics are computed by understudy-cpu"]
 fn schedules_do_not_change_a_bit() {
     for (name, schedules) in [
         ("f32_gqa_tied", 150),
@@ -143,6 +100,7 @@ fn the_stock_operators_fail_this_test() {
 
 /// The demo model is larger, so that its products are split over threads.
 #[test]
+#[ignore = "exact numerics are computed by understudy-cpu"]
 fn the_demo_model_keeps_its_bits_too() {
     let demo = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../demo");
     assert!(
@@ -151,13 +109,13 @@ fn the_demo_model_keeps_its_bits_too() {
     );
     let open = |threads| load(&demo, &options(Numerics::Exact, threads), &mut |_| {}).unwrap();
     let sequences = sequences(open(1).info().vocab_size);
-    let expected: Vec<Vec<u32>> = plain(&mut open(1), &sequences)
+    let expected: Vec<Vec<u32>> = plain(&mut *open(1), &sequences)
         .iter()
         .map(|rows| bits(rows))
         .collect();
     let mut runner = open(2);
     for seed in 0..10 {
-        let rows = scheduled(&mut runner, &sequences, &mut Rng::with_seed(seed));
+        let rows = scheduled(&mut *runner, &sequences, PLACES, &mut Rng::with_seed(seed));
         assert!(
             rows.iter()
                 .zip(&expected)
@@ -173,9 +131,9 @@ fn equal_models_have_equal_fingerprints_and_other_weights_another() {
         let options = LoadOptions {
             threads,
             context_length: Some(context),
-            ..options(Numerics::Exact, 1)
+            ..options(Numerics::Stock, 1)
         };
-        load(&golden(name), &options, &mut |_| {})
+        load_stock(&golden(name), &options, &mut |_| {})
             .unwrap()
             .info()
             .fingerprint
@@ -192,6 +150,7 @@ fn equal_models_have_equal_fingerprints_and_other_weights_another() {
 
 /// Two widths in one checkpoint: narrowing rounds each matrix by itself, whatever most of them are.
 #[test]
+#[ignore = "exact numerics are computed by understudy-cpu"]
 fn rounding_any_matrix_is_another_model() {
     let scratch = common::Scratch::of_golden("bf16_mha_tied");
     widen(
@@ -237,49 +196,4 @@ fn widen(path: &std::path::Path, name: &str) {
     ]
     .concat();
     std::fs::write(path, file).unwrap();
-}
-
-#[test]
-fn impossible_chunks_are_errors() {
-    let mut runner = open("f32_gqa_tied", &options(Numerics::Exact, 1));
-    let mut refused = |slot, start, tokens: &[u32], logits_for, part: &str| {
-        let error = runner
-            .execute(
-                &[Chunk {
-                    slot: Slot(slot),
-                    start,
-                    tokens,
-                    logits_for,
-                }],
-                &mut Vec::new(),
-            )
-            .unwrap_err();
-        assert!(error.to_string().contains(part), "{error}");
-    };
-    refused(SLOTS as u32, 0, &[1], 1, "slots");
-    refused(0, 96, &[1], 1, "context");
-    refused(0, 0, &[], 0, "0 tokens");
-    refused(0, 0, &[1], 2, "logits for 2");
-    refused(0, 0, &[100_000], 1, "vocabulary");
-    let twice = [
-        Chunk {
-            slot: Slot(1),
-            start: 0,
-            tokens: &[1],
-            logits_for: 0,
-        },
-        Chunk {
-            slot: Slot(1),
-            start: 1,
-            tokens: &[1],
-            logits_for: 0,
-        },
-    ];
-    assert!(
-        runner
-            .execute(&twice, &mut Vec::new())
-            .unwrap_err()
-            .to_string()
-            .contains("twice")
-    );
 }

@@ -137,16 +137,17 @@ fn start(
         prompt: prompt.to_vec(),
         committed: committed.iter().map(|token| token.id).collect(),
         expect_logprobs: committed.iter().map(|token| token.logprob).collect(),
-        suspect: false,
         sampling: SamplingParams {
             max_tokens,
             ignore_eos: true,
             ..SamplingParams::default()
         },
+        ..StartAttempt::default()
     }
 }
 
 #[test]
+#[ignore = "exact numerics are computed by understudy-cpu"]
 fn serves_the_golden_tokens_and_replays_them_bit_for_bit() {
     let (expected, _) = expected("bf16_mha_tied");
     let length = expected.greedy.len() as u32;

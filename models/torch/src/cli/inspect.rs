@@ -1,10 +1,11 @@
 //! `inspect`: what a checkpoint directory holds.
 
 use serde_json::json;
+use understudy_checkpoint::{Checkpoint, StoredType};
+use understudy_engine_core::runner::BLOCK;
 use understudy_engine_core::server::ExitStatus;
-use understudy_torch::checkpoint::Checkpoint;
-use understudy_torch::load::read_config;
-use understudy_torch::runner::ExactCache;
+use understudy_torch::load::read_spec;
+use understudy_torch::runner::BlockCache;
 
 use super::Failure;
 
@@ -25,7 +26,7 @@ pub struct InspectArgs {
 pub fn inspect(args: &InspectArgs) -> Result<(), Failure> {
     let failed = |error: anyhow::Error| Failure::of(ExitStatus::LoadFailed, error);
     let checkpoint = Checkpoint::open(&args.model).map_err(|error| failed(error.into()))?;
-    let config = read_config(&args.model).map_err(|error| failed(error.into()))?;
+    let spec = read_spec(&args.model, &checkpoint).map_err(|error| failed(error.into()))?;
     // Each tensor's count fits a u64 (checked with the header), all of them together need not.
     let parameters: u128 = checkpoint
         .entries()
@@ -37,17 +38,27 @@ pub fn inspect(args: &InspectArgs) -> Result<(), Failure> {
         .iter()
         .map(|byte| format!("{byte:02x}"))
         .collect();
-    let kv_bytes = ExactCache::size_bytes(&config, 1, config.max_position_embeddings)
-        / config.max_position_embeddings as u64;
-    let config_json: serde_json::Value =
-        serde_json::from_str(&config.to_json()).map_err(|error| failed(error.into()))?;
+    let main_type = checkpoint.main_type().unwrap_or(StoredType::F32);
+    let kv_bytes = BlockCache::block_bytes(&spec, main_type.size_bytes()) / BLOCK;
+    let config = std::fs::read(args.model.join("config.json")).map_err(Failure::other)?;
+    let config: serde_json::Value = serde_json::from_slice(&config).map_err(Failure::other)?;
+    let summary = json!({
+        "architecture": spec.architecture,
+        "generates": spec.generates(),
+        "layers": spec.layers.len(),
+        "hidden_size": spec.hidden_size,
+        "vocab_size": spec.vocab_size,
+        "context_length": spec.context_length,
+        "dtype": main_type.name(),
+    });
     if args.json {
         let tensors: Vec<_> = checkpoint
             .entries()
             .map(|(name, dtype, shape, bytes)| json!({"name": name, "dtype": dtype, "shape": shape, "bytes": bytes}))
             .collect();
         let object = json!({
-            "config": config_json,
+            "model": summary,
+            "config": config,
             "parameters": u64::try_from(parameters).unwrap_or(u64::MAX),
             "weight_bytes": bytes,
             "weight_hash": hash,
@@ -57,6 +68,13 @@ pub fn inspect(args: &InspectArgs) -> Result<(), Failure> {
         println!("{object}");
         return Ok(());
     }
+    for (key, value) in summary.as_object().into_iter().flatten() {
+        println!(
+            "{:<22} {}",
+            key.replace('_', " "),
+            value.to_string().trim_matches('"')
+        );
+    }
     println!("parameters             {parameters}");
     println!(
         "weights                {:.1} MB in {} tensors",
@@ -65,7 +83,7 @@ pub fn inspect(args: &InspectArgs) -> Result<(), Failure> {
     );
     println!("weight hash            {hash}");
     println!("KV cache               {kv_bytes} bytes per position");
-    println!("configuration          {config_json:#}");
+    println!("configuration          {config:#}");
     if args.tensors {
         for (name, dtype, shape, bytes) in checkpoint.entries() {
             println!("{name:<60} {dtype:<5} {shape:?} {bytes} bytes");

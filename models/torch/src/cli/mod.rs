@@ -7,10 +7,11 @@ pub mod serve;
 
 use std::path::PathBuf;
 
+use understudy_engine_core::breakdown::Measured;
 use understudy_engine_core::server::ExitStatus;
 use understudy_torch::device::DeviceChoice;
-use understudy_torch::load::{DtypeChoice, LoadOptions, ModelError, load};
-use understudy_torch::runner::{LlamaRunner, Numerics};
+use understudy_torch::load::{LoadOptions, ModelError, load};
+use understudy_torch::options::{DtypeChoice, KvMemory, Numerics, Quantize};
 
 /// Why a subcommand failed, and the exit code for it.
 pub struct Failure {
@@ -54,13 +55,19 @@ pub struct ModelArgs {
     #[arg(long)]
     pub context_length: Option<usize>,
     /// exact: bits depend on nothing but the tokens; fast: LibTorch's operators (always so on a GPU)
-    #[arg(long, default_value = "exact", value_parser = numerics)]
+    #[arg(long, default_value = "exact")]
     pub numerics: Numerics,
+    /// Quantize the weights at load: none, int8, int4 (exact numerics only)
+    #[arg(long, default_value = "none")]
+    pub quantize: Quantize,
+    /// Memory for keys and values: a fraction of what is free once the weights are loaded (0.5), or an amount (2GiB)
+    #[arg(long, default_value = "0.5")]
+    pub kv_memory: KvMemory,
 }
 
 impl ModelArgs {
     /// Loads the model with room for `max_sequences`.
-    pub fn load(&self, max_sequences: usize) -> Result<LlamaRunner, Failure> {
+    pub fn load(&self, max_sequences: usize) -> Result<Box<dyn Measured>, Failure> {
         let options = LoadOptions {
             dtype: self.dtype,
             device: self.device,
@@ -68,6 +75,9 @@ impl ModelArgs {
             threads: self.threads,
             max_sequences,
             context_length: self.context_length,
+            quantize: self.quantize,
+            kv_memory: self.kv_memory,
+            kv_blocks: None,
         };
         load(&self.model, &options, &mut |_| {})
             .map_err(|error: ModelError| Failure::of(ExitStatus::LoadFailed, error))
@@ -78,15 +88,4 @@ impl ModelArgs {
 pub fn check_libtorch() -> Result<(), Failure> {
     understudy_torch::libtorch::check_loaded()
         .map_err(|error| Failure::of(ExitStatus::LoadFailed, error))
-}
-
-/// Parses `exact` or `fast`.
-pub fn numerics(text: &str) -> Result<Numerics, String> {
-    match text {
-        "exact" => Ok(Numerics::Exact),
-        "fast" => Ok(Numerics::Stock),
-        _ => Err(format!(
-            "numerics {text:?} is not known; allowed: exact, fast"
-        )),
-    }
 }

@@ -5,9 +5,10 @@ use std::sync::Arc;
 
 use anyhow::Context;
 use serde_json::{Value, json};
+use understudy_engine_core::breakdown::Measured;
 use understudy_engine_core::detokenizer::Detokenizer;
 use understudy_engine_core::frame::{AttemptId, SamplingParams, StartAttempt, StepToken};
-use understudy_engine_core::runner::{Chunk, ModelInfo, ModelRunner, Slot, StepError};
+use understudy_engine_core::runner::{BlockId, Chunk, ModelInfo, ModelRunner, StepError, Ticks};
 use understudy_engine_core::scheduler::{Scheduler, SchedulerOptions};
 use understudy_engine_core::server::ExitStatus;
 use understudy_engine_core::tokenizer::TextTokenizer;
@@ -56,13 +57,22 @@ pub struct RunArgs {
     /// Go on past the model's end-of-text ids
     #[arg(long)]
     ignore_eos: bool,
+    /// Added to the logits of single tokens: ID:BIAS, several separated by commas
+    #[arg(long, value_delimiter = ',', value_parser = logit_bias, allow_hyphen_values = true)]
+    logit_bias: Vec<(u32, f32)>,
+    /// The only ids that may be chosen
+    #[arg(long, value_delimiter = ',')]
+    allowed_token_ids: Option<Vec<u32>>,
+    /// Tokens to draft at most per step by looking up what followed the same tokens before (exact numerics only)
+    #[arg(long, default_value_t = 0)]
+    speculate: u32,
     /// Alternatives to print per position (with --json)
     #[arg(long, default_value_t = 0)]
     top_logprobs: u32,
     /// One JSON object a line: position, id, logprob, top, text where there is a tokenizer
     #[arg(long)]
     json: bool,
-    /// With --json: every raw logit of each position too
+    /// With --json: every raw logit behind the first position too
     #[arg(long, requires = "json")]
     logits: bool,
 }
@@ -73,7 +83,7 @@ pub fn run(args: &RunArgs) -> Result<(), Failure> {
     let prompt = prompt(args, tokenizer.as_ref())?;
     let mut runner = Tap {
         inner: args.model.load(1)?,
-        last: Vec::new(),
+        first: None,
     };
     let mut scheduler = Scheduler::new(runner.info(), SchedulerOptions::default());
     let start = StartAttempt {
@@ -82,10 +92,8 @@ pub fn run(args: &RunArgs) -> Result<(), Failure> {
             epoch: 1,
         },
         prompt,
-        committed: Vec::new(),
-        expect_logprobs: Vec::new(),
-        suspect: false,
         sampling: args.sampling(),
+        ..StartAttempt::default()
     };
     let start_ids = start.prompt.clone();
     scheduler
@@ -104,9 +112,8 @@ pub fn run(args: &RunArgs) -> Result<(), Failure> {
             return Err(Failure::of(ExitStatus::StepFailed, error));
         }
         for token in outcome.tokens {
-            printer
-                .print(&token, &runner.last)
-                .map_err(Failure::other)?;
+            let logits = runner.first.as_deref().filter(|_| token.position == 0);
+            printer.print(&token, logits).map_err(Failure::other)?;
         }
     }
     printer.end().map_err(Failure::other)
@@ -128,6 +135,9 @@ impl RunArgs {
             stop_token_ids: self.stop_token_ids.clone(),
             ignore_eos: self.ignore_eos,
             top_logprobs: self.top_logprobs,
+            logit_bias: self.logit_bias.clone(),
+            allowed_token_ids: self.allowed_token_ids.clone(),
+            speculate: self.speculate,
         }
     }
 }
@@ -163,25 +173,50 @@ fn prompt(args: &RunArgs, tokenizer: Option<&TextTokenizer>) -> Result<Vec<u32>,
         .map_err(|error| Failure::of(ExitStatus::Usage, error))
 }
 
-/// A runner that remembers the logits of its last step.
-struct Tap<R> {
-    inner: R,
-    last: Vec<f32>,
+/// `ID:BIAS`.
+fn logit_bias(text: &str) -> Result<(u32, f32), String> {
+    let parsed = text.split_once(':').and_then(|(id, bias)| {
+        let (id, bias) = (id.trim().parse().ok()?, bias.trim().parse().ok()?);
+        Some((id, bias))
+    });
+    parsed.ok_or_else(|| format!("{text:?} is no token id and bias, such as 17:-2.5"))
 }
 
-impl<R: ModelRunner> ModelRunner for Tap<R> {
+/// A runner that remembers the logits behind the first token.
+struct Tap {
+    inner: Box<dyn Measured>,
+    first: Option<Vec<f32>>,
+}
+
+impl ModelRunner for Tap {
     fn info(&self) -> &ModelInfo {
         self.inner.info()
     }
 
+    fn set_ticks(&mut self, ticks: Ticks) {
+        self.inner.set_ticks(ticks);
+    }
+
     fn execute(&mut self, chunks: &[Chunk<'_>], logits: &mut Vec<f32>) -> Result<(), StepError> {
         self.inner.execute(chunks, logits)?;
-        self.last.clone_from(logits);
+        // Pieces of a long prompt have none.
+        if self.first.is_none() && !logits.is_empty() {
+            let last_row = logits.len() - self.inner.info().vocab_size;
+            self.first = Some(logits[last_row..].to_vec());
+        }
         Ok(())
     }
 
-    fn release(&mut self, slot: Slot) {
-        self.inner.release(slot);
+    fn copy_block(&mut self, from: BlockId, to: BlockId) -> Result<(), StepError> {
+        self.inner.copy_block(from, to)
+    }
+
+    fn export_block(&mut self, block: BlockId, out: &mut Vec<u8>) -> Result<(), StepError> {
+        self.inner.export_block(block, out)
+    }
+
+    fn import_block(&mut self, block: BlockId, bytes: &[u8]) -> Result<(), StepError> {
+        self.inner.import_block(block, bytes)
     }
 }
 
@@ -201,7 +236,7 @@ struct Printer<'a> {
 }
 
 impl Printer<'_> {
-    fn print(&mut self, token: &StepToken, logits: &[f32]) -> anyhow::Result<()> {
+    fn print(&mut self, token: &StepToken, logits: Option<&[f32]>) -> anyhow::Result<()> {
         let text = self.text.as_mut().map(|text| new_text(text, token));
         let mut out = std::io::stdout().lock();
         if self.args.json {
@@ -219,7 +254,7 @@ impl Printer<'_> {
         &self,
         token: &StepToken,
         text: Option<String>,
-        logits: &[f32],
+        logits: Option<&[f32]>,
     ) -> anyhow::Result<Value> {
         let mut line = json!({
             "position": token.position,
@@ -230,7 +265,7 @@ impl Printer<'_> {
         if let Some(text) = text {
             line["text"] = Value::String(text);
         }
-        if self.args.logits {
+        if let Some(logits) = logits.filter(|_| self.args.logits) {
             line["logits"] = json!(logits);
         }
         if let Some(finish) = token.finish {

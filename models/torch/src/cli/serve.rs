@@ -1,18 +1,19 @@
 //! `serve`: an engine process for a node.
 
 use std::ffi::OsString;
+use std::str::FromStr;
 
-use understudy_engine_core::args::EngineArgs;
+use understudy_engine_core::args::{ArgsError, EngineArgs};
 use understudy_engine_core::runner::ModelRunner;
 use understudy_engine_core::server::{ExitStatus, ServeOptions, inherited_socket};
 use understudy_torch::load::{LoadOptions, load};
-use understudy_torch::runner::Numerics;
+use understudy_torch::options::{KvMemory, Numerics, Quantize, UnknownChoice};
 
 /// Left to [`EngineArgs`], which the fake engine shares.
 #[derive(Debug, clap::Args)]
 pub struct ServeArgs {
     /// --model DIR --fd N [--dtype f32|bf16|f16|auto] [--device auto|cpu|cuda:N] [--threads N] [--max-sequences N] [--context-length N]
-    /// [--max-waiting N] [--step-tokens N] [--numerics exact|fast]
+    /// [--kv-blocks N] [--max-waiting N] [--step-tokens N] [--numerics exact|fast] [--quantize none|int8|int4] [--kv-memory 0.5|2GiB]
     #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
     arguments: Vec<OsString>,
 }
@@ -28,14 +29,16 @@ pub fn serve(args: ServeArgs) -> ! {
 }
 
 fn start(args: ServeArgs) -> Result<ExitStatus, String> {
-    let mut numerics = Numerics::Exact;
+    let (mut numerics, mut quantize) = (Numerics::default(), Quantize::default());
+    let mut kv_memory = KvMemory::default();
     let arguments = std::iter::once(OsString::from("serve")).chain(args.arguments);
     let args = EngineArgs::parse(arguments, |name, values| {
-        if name != "--numerics" {
-            return Ok(false);
+        match name {
+            "--numerics" => numerics = chosen(&values.text()?)?,
+            "--quantize" => quantize = chosen(&values.text()?)?,
+            "--kv-memory" => kv_memory = chosen(&values.text()?)?,
+            _ => return Ok(false),
         }
-        numerics = super::numerics(&values.text()?)
-            .map_err(understudy_engine_core::args::ArgsError::new)?;
         Ok(true)
     })
     .map_err(|error| error.to_string())?;
@@ -43,7 +46,7 @@ fn start(args: ServeArgs) -> Result<ExitStatus, String> {
         dtype: args
             .dtype
             .parse()
-            .map_err(|error: understudy_torch::load::ModelError| error.to_string())?,
+            .map_err(|error: UnknownChoice| error.to_string())?,
         device: args
             .device
             .parse()
@@ -52,6 +55,9 @@ fn start(args: ServeArgs) -> Result<ExitStatus, String> {
         threads: args.threads,
         max_sequences: args.max_sequences,
         context_length: args.context_length,
+        quantize,
+        kv_memory,
+        kv_blocks: args.kv_blocks,
     };
     let socket = inherited_socket(args.fd).map_err(|error| error.to_string())?;
     let serve_options = ServeOptions {
@@ -59,7 +65,13 @@ fn start(args: ServeArgs) -> Result<ExitStatus, String> {
     };
     understudy_engine_core::server::serve(socket, serve_options, |progress| {
         let runner = load(&args.model, &options, progress).map_err(|error| error.to_string())?;
-        Ok(Box::new(runner) as Box<dyn ModelRunner>)
+        Ok(runner as Box<dyn ModelRunner>)
     })
     .map_err(|error| error.to_string())
+}
+
+/// One of an option's words.
+fn chosen<T: FromStr<Err = UnknownChoice>>(text: &str) -> Result<T, ArgsError> {
+    text.parse()
+        .map_err(|error: UnknownChoice| ArgsError::new(error.to_string()))
 }

@@ -4,7 +4,7 @@ use tch::Tensor;
 
 use super::dialogue::Sample;
 use super::tokenizer::END;
-use crate::layers::Attention;
+use crate::layers::{Attend, AttentionRule, Visible, dot_product};
 
 /// Samples of one padded length.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -104,37 +104,27 @@ pub struct GroupedAttention<'a> {
     pub groups: &'a [Group],
 }
 
-impl Attention for GroupedAttention<'_> {
-    fn attend(&mut self, _layer: usize, q: &Tensor, k: &Tensor, v: &Tensor) -> Tensor {
-        let (heads, kv_heads, dim) = (q.size()[1], k.size()[1], q.size()[2]);
+impl Attend for GroupedAttention<'_> {
+    fn attend(
+        &mut self,
+        _layer: usize,
+        rule: &AttentionRule,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+    ) -> Tensor {
         let mut row = 0;
         let mut outputs = Vec::with_capacity(self.groups.len());
         for group in self.groups {
             let (samples, length) = (group.samples as i64, group.length as i64);
-            let rows = samples * length;
-            let split = |x: &Tensor, heads: i64| {
-                x.narrow(0, row, rows)
-                    .view([samples, length, heads, dim])
-                    .transpose(1, 2)
+            let own = |x: &Tensor| {
+                let size = x.size();
+                x.narrow(0, row, samples * length)
+                    .view([samples, length, size[1], size[2]])
             };
-            let shared = |x: &Tensor| {
-                split(x, kv_heads)
-                    .unsqueeze(2)
-                    .expand([-1, -1, heads / kv_heads, -1, -1], false)
-                    .reshape([samples, heads, length, dim])
-            };
-            let out = Tensor::scaled_dot_product_attention(
-                &split(q, heads),
-                &shared(k),
-                &shared(v),
-                None::<&Tensor>,
-                0.0,
-                true,
-                None,
-                false,
-            );
-            outputs.push(out.transpose(1, 2).reshape([rows, heads * dim]));
-            row += rows;
+            let visible = Visible::within(rule, group.length, (q.kind(), q.device()));
+            outputs.push(dot_product(rule, &own(q), &own(k), &own(v), &visible));
+            row += samples * length;
         }
         Tensor::cat(&outputs, 0)
     }

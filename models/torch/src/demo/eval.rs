@@ -7,9 +7,9 @@ use std::path::{Path, PathBuf};
 
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
+use understudy_engine_core::breakdown::Measured;
 use understudy_engine_core::chat::ChatMessage;
 use understudy_engine_core::frame::{AttemptId, SamplingParams, StartAttempt};
-use understudy_engine_core::runner::ModelRunner;
 use understudy_engine_core::scheduler::{Scheduler, SchedulerOptions};
 use understudy_engine_core::text::TextModel;
 
@@ -18,7 +18,6 @@ use super::dialogue::Writer;
 use super::tasks::{Item, Task, is_story};
 use super::tokenizer::{self, END};
 use crate::load::{LoadOptions, load};
-use crate::runner::LlamaRunner;
 
 /// Arguments of `demo-eval`.
 #[derive(Debug, Clone, clap::Args)]
@@ -116,7 +115,7 @@ fn examine(room: &mut Room, paper: &Paper, form: Form, show_errors: usize) -> an
 /// The model as a cluster would serve it.
 struct Room {
     text: TextModel,
-    runner: LlamaRunner,
+    runner: Box<dyn Measured>,
     /// The same tokenizer, for the answers as training wrote them.
     tokenizer: tokenizers::Tokenizer,
 }
@@ -165,17 +164,15 @@ impl Room {
                     epoch: 1,
                 },
                 prompt: self.prompt(item, form)?,
-                committed: Vec::new(),
-                expect_logprobs: Vec::new(),
-                suspect: false,
                 sampling: SamplingParams {
                     max_tokens: MAX_TOKENS,
                     ..SamplingParams::default()
                 },
+                ..StartAttempt::default()
             })?;
         }
         let mut outputs = vec![Vec::new(); items.len()];
-        while let Some(outcome) = scheduler.step(&mut self.runner)? {
+        while let Some(outcome) = scheduler.step(&mut *self.runner)? {
             if let Some((_, error)) = outcome.failed.into_iter().next() {
                 return Err(error.into());
             }

@@ -14,14 +14,17 @@ use fastrand::Rng;
 use indicatif::{ProgressBar, ProgressStyle};
 use tch::{Device, Kind, Reduction, Tensor};
 use tokenizers::Tokenizer;
+use understudy_checkpoint::families;
 
 use super::batch::{Batch, GroupedAttention};
 use super::dialogue::{Sample, Writer};
 use super::optimizer::{Optimizer, Rates};
 use super::plan::{self, Plan};
 use super::tasks::{Item, Task, draw, fact_items};
-use super::{model_config, tokenizer, weights};
-use crate::llama::Llama;
+use super::{config_json, tokenizer, weights};
+use crate::layers::Purpose;
+use crate::meter::Meter;
+use crate::model::Model;
 
 /// Arguments of `demo-train`.
 #[derive(Debug, Clone, clap::Args)]
@@ -75,7 +78,9 @@ const QUICK_ITEMS: usize = 120;
 /// Everything that a run owns.
 struct Run {
     args: TrainArgs,
-    model: Llama,
+    model: Model,
+    /// The text that the model was made from.
+    config: String,
     optimizer: Optimizer,
     tokenizer: Tokenizer,
     plan: Plan,
@@ -150,11 +155,12 @@ impl Run {
     fn start(args: TrainArgs) -> anyhow::Result<Self> {
         let text = tokenizer::build()?;
         let tokenizer = tokenizer::load(&text)?;
-        let vocab_size = tokenizer.get_vocab_size(true) as i64;
-        let config = model_config(vocab_size);
+        let vocab_size = tokenizer.get_vocab_size(true);
+        let config = config_json(vocab_size);
+        let spec = families::from_json(&config)?;
         let mut parameters = Vec::new();
         tch::manual_seed(args.seed as i64);
-        let model = Llama::load(config, &mut |name, shape| {
+        let model = Model::load(spec, Purpose::Training, &mut |name, shape| {
             let value = initial(name, shape).set_requires_grad(true);
             parameters.push((name.to_owned(), value.shallow_clone()));
             Ok(value)
@@ -173,6 +179,7 @@ impl Run {
             optimizer: Optimizer::new(parameters, rates),
             args,
             model,
+            config,
             tokenizer,
             step: 0,
             tokens: 0,
@@ -310,7 +317,7 @@ impl Run {
         let out = &self.args.out;
         std::fs::create_dir_all(out).with_context(|| format!("cannot create {}", out.display()))?;
         for (name, text) in [
-            ("config.json", self.model.config().to_json()),
+            ("config.json", self.config.clone()),
             ("generation_config.json", tokenizer::generation_json()),
             ("tokenizer.json", tokenizer_json.to_owned()),
             ("tokenizer_config.json", tokenizer::config_json()),
@@ -362,7 +369,7 @@ fn initial(name: &str, shape: &[i64]) -> Tensor {
 }
 
 /// `[learned]`: the loss of every learned token, in nats. Only those rows pass the head.
-fn token_losses(model: &Llama, batch: &Batch) -> Tensor {
+fn token_losses(model: &Model, batch: &Batch) -> Tensor {
     learned_logits(model, batch).cross_entropy_loss(
         &batch.targets,
         None::<&Tensor>,
@@ -372,16 +379,21 @@ fn token_losses(model: &Llama, batch: &Batch) -> Tensor {
     )
 }
 
-fn learned_logits(model: &Llama, batch: &Batch) -> Tensor {
+fn learned_logits(model: &Model, batch: &Batch) -> Tensor {
     let mut attention = GroupedAttention {
         groups: &batch.groups,
     };
-    let hidden = model.forward(&batch.ids, &batch.positions, &mut attention);
+    let hidden = model.forward(
+        &batch.ids,
+        &batch.positions,
+        &mut attention,
+        &Meter::default(),
+    );
     model.logits(&hidden.index_select(0, &batch.learned_rows))
 }
 
 /// How many samples are answered exactly.
-fn exact_matches(model: &Llama, samples: &[Sample]) -> usize {
+fn exact_matches(model: &Model, samples: &[Sample]) -> usize {
     let batch = Batch::new(samples.to_vec());
     let right = learned_logits(model, &batch)
         .argmax(-1, false)

@@ -1,68 +1,88 @@
-//! The token embedding.
+//! From token ids to the rows that the first layer reads.
 
 use tch::{Device, Kind, Tensor};
-use understudy_kernels::PackedLinear;
+use understudy_checkpoint::TensorError;
+use understudy_checkpoint::spec::ModelSpec;
 
-use super::GetWeight;
-use crate::exact::{self, SharedPool};
-use crate::tensor_error::TensorError;
+use super::{Norm, Weights};
 
-/// One row of `hidden_size` per token id.
+/// A row per token id, and what is added to it.
 #[derive(Debug)]
-pub enum Embedding {
+pub struct Embedding {
     /// `[vocab, hidden]`.
-    Dense { weight: Tensor },
-    /// The same matrix packed for our own kernels, so that it can serve as the head too.
-    Packed {
-        weight: PackedLinear,
-        pool: SharedPool,
-    },
+    tokens: Tensor,
+    /// In the element type of the activations: rounding it first is what transformers does.
+    scale: Option<Tensor>,
+    /// `[rows, hidden]`, and how far position 0 is from its row 0.
+    positions: Option<(Tensor, i64)>,
+    /// `[types, hidden]`.
+    token_types: Option<Tensor>,
+    norm: Option<Norm>,
 }
 
 impl Embedding {
-    /// Gets `{name}.weight`.
-    pub fn load(
-        name: &str,
-        vocab_size: i64,
-        hidden_size: i64,
-        get: &mut GetWeight<'_>,
-    ) -> Result<Self, TensorError> {
-        let weight = get(&format!("{name}.weight"), &[vocab_size, hidden_size])?;
-        Ok(Self::Dense { weight })
+    /// Gets the tables.
+    ///
+    /// # Errors
+    /// [`TensorError`].
+    pub fn load(model: &ModelSpec, weights: &mut Weights<'_>) -> Result<Self, TensorError> {
+        let (spec, hidden) = (&model.embedding, model.hidden_size);
+        let tokens = weights.get(&spec.tokens, &[model.vocab_size, hidden])?;
+        let positions = match &spec.positions {
+            Some(table) => {
+                let tensor = weights.get(&table.tensor, &[table.rows, hidden])?;
+                Some((tensor, table.offset as i64))
+            }
+            None => None,
+        };
+        let token_types = match &spec.token_types {
+            Some((name, types)) => Some(weights.get(name, &[*types, hidden])?),
+            None => None,
+        };
+        let scale = spec.scale.map(|scale| {
+            Tensor::from(scale)
+                .to_kind(tokens.kind())
+                .to_device(tokens.device())
+        });
+        Ok(Self {
+            tokens,
+            scale,
+            positions,
+            token_types,
+            norm: Norm::load_if(spec.norm.as_ref(), weights)?,
+        })
     }
 
-    /// `[rows]` i64, each below the vocabulary's size `-> [rows, hidden]`.
-    pub fn forward(&self, ids: &Tensor) -> Tensor {
-        match self {
-            Self::Dense { weight } => Tensor::embedding(weight, ids, -1, false, false),
-            Self::Packed { weight, .. } => exact::embed(weight, ids),
+    /// `ids` and `positions` are `[rows]` i64, each within its table `-> [rows, hidden]`.
+    pub fn forward(&self, ids: &Tensor, positions: &Tensor) -> Tensor {
+        let mut x = Tensor::embedding(&self.tokens, ids, -1, false, false);
+        if let Some(scale) = &self.scale {
+            x *= scale;
+        }
+        if let Some(types) = &self.token_types {
+            x += types.narrow(0, 0, 1);
+        }
+        if let Some((table, offset)) = &self.positions {
+            x += Tensor::embedding(table, &(positions + *offset), -1, false, false);
+        }
+        match &self.norm {
+            Some(norm) => norm.forward(&x),
+            None => x,
         }
     }
 
     /// The matrix as a head: `[rows, hidden] -> [rows, vocab]`.
     pub fn as_head(&self, hidden: &Tensor) -> Tensor {
-        match self {
-            Self::Dense { weight } => hidden.linear(weight, None::<&Tensor>),
-            Self::Packed { weight, pool } => exact::linear(pool, weight, None, hidden),
-        }
+        hidden.linear(&self.tokens, None::<&Tensor>)
     }
 
-    /// Where the matrix lies, and the element type of the activations.
-    pub fn options(&self) -> (Kind, Device) {
-        match self {
-            Self::Dense { weight } => (weight.kind(), weight.device()),
-            Self::Packed { .. } => (Kind::Float, Device::Cpu),
-        }
+    /// Element type of the activations.
+    pub fn kind(&self) -> Kind {
+        self.tokens.kind()
     }
 
-    /// The same embedding for our own kernels; the plain tensor is dropped.
-    pub fn into_exact(self, pool: &SharedPool) -> Self {
-        match self {
-            Self::Dense { weight } => Self::Packed {
-                weight: exact::pack(&weight),
-                pool: SharedPool::clone(pool),
-            },
-            packed @ Self::Packed { .. } => packed,
-        }
+    /// Where the model lies.
+    pub fn device(&self) -> Device {
+        self.tokens.device()
     }
 }

@@ -1,54 +1,57 @@
-//! The SwiGLU feed-forward block (Shazeer 2020).
+//! The feed-forward part of a layer.
 
 use tch::Tensor;
+use understudy_checkpoint::TensorError;
+use understudy_checkpoint::spec::{Activation, DenseMlp};
 
-use super::{GetWeight, Linear};
-use crate::config::LlamaConfig;
-use crate::exact::{self, SharedPool};
-use crate::tensor_error::TensorError;
+use super::{Linear, Weights};
 
-/// `down(silu(gate(x)) · up(x))`.
+/// `down(act(gate(x)) · up(x))` (Shazeer 2020), or `down(act(up(x)))`.
 #[derive(Debug)]
 pub struct Mlp {
-    gate_proj: Linear,
-    up_proj: Linear,
-    down_proj: Linear,
+    activation: Activation,
+    /// The gate, if there is one, and `up`, in one map.
+    up: Linear,
+    down: Linear,
+    /// Outputs of the gate; `None` if there is none.
+    gate: Option<i64>,
 }
 
 impl Mlp {
-    /// Gets `{name}.{gate,up,down}_proj`.
-    pub fn load(
-        name: &str,
-        config: &LlamaConfig,
-        get: &mut GetWeight<'_>,
-    ) -> Result<Self, TensorError> {
-        let (hidden, inner) = (config.hidden_size, config.intermediate_size);
-        let mut linear = |part: &str, from, to| {
-            Linear::load(&format!("{name}.{part}"), from, to, config.mlp_bias, get)
-        };
+    /// Gets the maps.
+    ///
+    /// # Errors
+    /// [`TensorError`].
+    pub fn load(spec: &DenseMlp, weights: &mut Weights<'_>) -> Result<Self, TensorError> {
         Ok(Self {
-            gate_proj: linear("gate_proj", hidden, inner)?,
-            up_proj: linear("up_proj", hidden, inner)?,
-            down_proj: linear("down_proj", inner, hidden)?,
+            activation: spec.activation,
+            up: Linear::load(&spec.up, weights)?,
+            down: Linear::load(&spec.down, weights)?,
+            gate: spec.gated.then_some(spec.down.inputs as i64),
         })
     }
 
     /// `[rows, hidden] -> [rows, hidden]`.
     pub fn forward(&self, x: &Tensor) -> Tensor {
-        let (gate, up) = (self.gate_proj.forward(x), self.up_proj.forward(x));
-        let gated = match &self.gate_proj {
-            Linear::Dense { .. } => gate.silu() * up,
-            Linear::Packed { pool, .. } => exact::silu_mul(pool, &gate, &up),
+        let inner = self.up.forward(x);
+        let inner = match self.gate {
+            Some(width) => {
+                activate(self.activation, &inner.narrow(-1, 0, width))
+                    * inner.narrow(-1, width, width)
+            }
+            None => activate(self.activation, &inner),
         };
-        self.down_proj.forward(&gated)
+        self.down.forward(&inner)
     }
+}
 
-    /// The same block by our own kernels.
-    pub fn into_exact(self, pool: &SharedPool) -> Self {
-        Self {
-            gate_proj: self.gate_proj.into_exact(pool),
-            up_proj: self.up_proj.into_exact(pool),
-            down_proj: self.down_proj.into_exact(pool),
-        }
+/// An activation function, element by element.
+pub fn activate(activation: Activation, x: &Tensor) -> Tensor {
+    match activation {
+        Activation::Silu => x.silu(),
+        Activation::GeluTanh => x.gelu("tanh"),
+        Activation::GeluErf => x.gelu("none"),
+        Activation::Relu => x.relu(),
+        Activation::Tanh => x.tanh(),
     }
 }

@@ -1,26 +1,25 @@
-//! The layers of a Llama decoder. Training and serving run this same code; they differ in where the weights come
-//! from (the `get` of [`crate::llama::Llama::load`]) and in the [`Attention`] that they pass.
+//! The layers that a [`ModelSpec`](understudy_checkpoint::ModelSpec) is made of. Training and serving run this same code; they differ in
+//! where the weights come from, in whether stacked weights are joined at load ([`Weights`]), and in the [`Attend`] that they pass.
 //!
 //! Invariant: every tensor here is "rows first": `[rows, …]`, one row per token, whatever sequence it belongs to.
-//! Only [`Attention`] knows which rows belong together.
+//! Only [`Attend`] knows which rows belong together.
 
 mod attention;
+mod dot_product;
 mod embedding;
+mod experts;
 mod linear;
 mod mlp;
-mod rms_norm;
+mod norm;
 mod rope;
+mod weights;
 
-pub use attention::{Attention, SelfAttention};
+pub use attention::{Attend, AttentionRule, Projected, SelfAttention};
+pub use dot_product::{Visible, dot_product, mask};
 pub use embedding::Embedding;
+pub use experts::Experts;
 pub use linear::Linear;
-pub use mlp::Mlp;
-pub use rms_norm::RmsNorm;
-pub use rope::{Rope, RopeAngles};
-
-use tch::Tensor;
-
-use crate::tensor_error::TensorError;
-
-/// Where a layer asks for its weights: `(full Hugging Face name, expected shape) -> tensor of that shape`.
-pub type GetWeight<'a> = dyn FnMut(&str, &[i64]) -> Result<Tensor, TensorError> + 'a;
+pub use mlp::{Mlp, activate};
+pub use norm::Norm;
+pub use rope::{Angles, Rope};
+pub use weights::{GetWeight, Purpose, Weights};

@@ -4,12 +4,13 @@
 
 use std::path::{Path, PathBuf};
 
+use fastrand::Rng;
 use serde::Deserialize;
-use understudy_engine_core::runner::{Chunk, ModelRunner, Slot};
-use understudy_torch::load::{LoadOptions, load};
-use understudy_torch::runner::LlamaRunner;
+use understudy_engine_core::runner::{BLOCK, BlockId, Chunk, ModelRunner};
+use understudy_torch::load::{LoadOptions, load_stock};
+use understudy_torch::runner::TorchRunner;
 
-/// All golden checkpoints; see `scripts/golden/make_llama_goldens.py`.
+/// Golden Llama checkpoints; see `scripts/golden/make_llama_goldens.py`.
 pub const GOLDENS: [&str; 6] = [
     "f32_gqa_tied",
     "f32_untied_sharded",
@@ -23,7 +24,13 @@ pub const GOLDENS: [&str; 6] = [
 #[derive(Deserialize)]
 pub struct Expected {
     pub prompt: Vec<u32>,
+    #[serde(default)]
     pub greedy: Vec<u32>,
+    /// Of each greedy token: the likeliest ids and their log probabilities.
+    #[serde(default)]
+    pub top5: Vec<Vec<(u32, f32)>>,
+    pub pooled: Option<Vec<f32>>,
+    pub score: Option<f32>,
 }
 
 pub fn golden(name: &str) -> PathBuf {
@@ -32,41 +39,126 @@ pub fn golden(name: &str) -> PathBuf {
         .join(name)
 }
 
-pub fn expected(name: &str) -> (Expected, Vec<f32>) {
-    let directory = golden(name);
+/// The golden checkpoints of all families, by name.
+pub fn family_goldens() -> Vec<PathBuf> {
+    let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("../cpu/tests/golden");
+    let entries = std::fs::read_dir(directory).into_iter().flatten().flatten();
+    let mut all: Vec<PathBuf> = entries
+        .map(|entry| entry.path())
+        .filter(|path| path.join("expected.json").exists())
+        .collect();
+    all.sort();
+    all
+}
+
+/// What transformers computed with a checkpoint, and every row of the prompt: logits, or an encoder's hidden states.
+pub fn expected_in(directory: &Path) -> (Expected, Vec<f32>) {
     let text = std::fs::read(directory.join("expected.json")).unwrap();
-    let bytes = std::fs::read(directory.join("logits.f32")).unwrap();
-    let logits = bytes
+    let rows = ["logits.f32", "hidden.f32"].map(|name| std::fs::read(directory.join(name)).ok());
+    let bytes = rows.into_iter().flatten().next().unwrap();
+    let rows = bytes
         .chunks_exact(4)
         .map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]))
         .collect();
-    (serde_json::from_slice(&text).unwrap(), logits)
+    (serde_json::from_slice(&text).unwrap(), rows)
 }
 
-pub fn open(name: &str, options: &LoadOptions) -> LlamaRunner {
-    load(&golden(name), options, &mut |_| {}).unwrap_or_else(|error| panic!("{name}: {error}"))
+pub fn expected(name: &str) -> (Expected, Vec<f32>) {
+    expected_in(&golden(name))
+}
+
+pub fn open(name: &str, options: &LoadOptions) -> TorchRunner {
+    load_stock(&golden(name), options, &mut |_| {})
+        .unwrap_or_else(|error| panic!("{name}: {error}"))
+}
+
+/// The blocks of one of several whole contexts, not in order.
+pub fn table(runner: &dyn ModelRunner, place: usize) -> Vec<BlockId> {
+    let each = runner.info().context_length.div_ceil(BLOCK);
+    let blocks = place * each..(place + 1) * each;
+    assert!(blocks.end <= runner.info().kv_blocks, "{place}");
+    blocks.rev().map(|block| block as BlockId).collect()
 }
 
 /// Logits of all tokens of one chunk.
 pub fn all_logits(
     runner: &mut dyn ModelRunner,
-    slot: u32,
+    place: usize,
     start: usize,
     tokens: &[u32],
 ) -> Vec<f32> {
     let mut logits = Vec::new();
-    runner
-        .execute(
-            &[Chunk {
-                slot: Slot(slot),
-                start,
-                tokens,
-                logits_for: tokens.len(),
-            }],
-            &mut logits,
-        )
-        .unwrap();
+    let chunk = Chunk {
+        table: &table(runner, place),
+        start,
+        tokens,
+        logits_for: tokens.len(),
+    };
+    runner.execute(&[chunk], &mut logits).unwrap();
     logits
+}
+
+/// Every row of every sequence by a random schedule: how they are cut into chunks, who else is in the step, which blocks.
+pub fn scheduled(
+    runner: &mut dyn ModelRunner,
+    sequences: &[Vec<u32>],
+    places: usize,
+    rng: &mut Rng,
+) -> Vec<Vec<f32>> {
+    let mut order: Vec<usize> = (0..places).collect();
+    rng.shuffle(&mut order);
+    let tables: Vec<Vec<BlockId>> = order.iter().map(|place| table(runner, *place)).collect();
+    let vocab = runner.info().vocab_size;
+    let mut done = vec![0; sequences.len()];
+    let mut rows = vec![Vec::new(); sequences.len()];
+    while (0..sequences.len()).any(|s| done[s] < sequences[s].len()) {
+        let mut members: Vec<usize> = (0..sequences.len())
+            .filter(|s| done[*s] < sequences[*s].len() && rng.f32() < 0.7)
+            .collect();
+        rng.shuffle(&mut members);
+        let chunks: Vec<Chunk<'_>> = members
+            .iter()
+            .map(|s| {
+                let left = sequences[*s].len() - done[*s];
+                let take = match rng.bool() {
+                    true => 1,
+                    false => 1 + rng.usize(0..left),
+                };
+                Chunk {
+                    table: &tables[*s],
+                    start: done[*s],
+                    tokens: &sequences[*s][done[*s]..done[*s] + take],
+                    logits_for: take,
+                }
+            })
+            .collect();
+        let mut logits = Vec::new();
+        runner.execute(&chunks, &mut logits).unwrap();
+        let mut rest = logits.as_slice();
+        for (s, chunk) in members.iter().zip(&chunks) {
+            let (own, others) = rest.split_at(chunk.tokens.len() * vocab);
+            rows[*s].extend_from_slice(own);
+            done[*s] += chunk.tokens.len();
+            rest = others;
+        }
+        assert!(rest.is_empty());
+    }
+    rows
+}
+
+/// The largest difference of two lists; infinite if one is not a number.
+pub fn worst(a: &[f32], b: &[f32]) -> f32 {
+    assert_eq!(a.len(), b.len());
+    a.iter()
+        .zip(b)
+        .map(|(a, b)| (a - b).abs())
+        .fold(0.0, |worst, x| {
+            if x.is_nan() {
+                f32::INFINITY
+            } else {
+                worst.max(x)
+            }
+        })
 }
 
 pub fn argmax(row: &[f32]) -> u32 {
