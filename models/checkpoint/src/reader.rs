@@ -167,7 +167,9 @@ impl Checkpoint {
         let metadata = file.metadata().map_err(io)?;
         let stamp = format!(
             "{}|{}|{}|{}|{}.{:09}\n",
-            path.canonicalize().unwrap_or_else(|_| path.clone()).display(),
+            path.canonicalize()
+                .unwrap_or_else(|_| path.clone())
+                .display(),
             metadata.dev(),
             metadata.ino(),
             metadata.len(),

@@ -2,63 +2,70 @@
 
 use std::time::{Duration, Instant};
 
-/// Seconds by kind of work, summed over steps.
-#[derive(Debug, Clone, Copy, Default, PartialEq)]
-pub struct Breakdown {
-    pub steps: u64,
-    pub embedding: Duration,
-    /// Products with weights, the head's left out.
-    pub matmul: Duration,
-    pub attention: Duration,
-    /// Norms, rotary embedding, activations, residuals.
-    pub elementwise: Duration,
-    pub head: Duration,
-}
+use understudy_engine_core::breakdown::Breakdown;
 
 /// What was done since the last look at the clock.
 #[derive(Debug, Clone, Copy)]
 pub enum Part {
     Embedding,
+    /// Products with weights, the head's too.
     Matmul,
     Attention,
+    /// Norms, rotary embedding, activations, residuals.
     Elementwise,
-    Head,
 }
 
-/// Charges the time since the last call.
-#[derive(Debug)]
+const PARTS: usize = 4;
+
+/// Charges the time since the last call; switched off, it does not look at the clock.
+#[derive(Debug, Default)]
 pub struct Stopwatch {
-    last: Instant,
-    pub spent: Breakdown,
-}
-
-impl Default for Stopwatch {
-    fn default() -> Self {
-        Self {
-            last: Instant::now(),
-            spent: Breakdown::default(),
-        }
-    }
+    last: Option<Instant>,
+    spent: [Duration; PARTS],
+    steps: u32,
 }
 
 impl Stopwatch {
+    /// One that runs, or not.
+    #[must_use]
+    pub fn new(on: bool) -> Self {
+        Self {
+            last: on.then(Instant::now),
+            ..Self::default()
+        }
+    }
+
     /// A step begins.
     pub fn start(&mut self) {
-        self.last = Instant::now();
-        self.spent.steps += 1;
+        if let Some(last) = &mut self.last {
+            *last = Instant::now();
+            self.steps += 1;
+        }
     }
 
     /// What went on since the last call was `part`.
     pub fn charge(&mut self, part: Part) {
-        let now = Instant::now();
-        let spent = match part {
-            Part::Embedding => &mut self.spent.embedding,
-            Part::Matmul => &mut self.spent.matmul,
-            Part::Attention => &mut self.spent.attention,
-            Part::Elementwise => &mut self.spent.elementwise,
-            Part::Head => &mut self.spent.head,
-        };
-        *spent += now - self.last;
-        self.last = now;
+        if let Some(last) = &mut self.last {
+            let now = Instant::now();
+            self.spent[part as usize] += now - *last;
+            *last = now;
+        }
+    }
+
+    /// Milliseconds of an average step; `None` if nothing was timed.
+    #[must_use]
+    pub fn breakdown(&self) -> Option<Breakdown> {
+        if self.steps == 0 {
+            return None;
+        }
+        let per_step =
+            |part: Part| self.spent[part as usize].as_secs_f64() * 1e3 / f64::from(self.steps);
+        Some(Breakdown {
+            matmul: per_step(Part::Matmul),
+            attention: per_step(Part::Attention),
+            norms: per_step(Part::Elementwise),
+            embedding: per_step(Part::Embedding),
+            other: 0.0,
+        })
     }
 }

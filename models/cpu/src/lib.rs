@@ -10,16 +10,16 @@
 mod breakdown;
 mod checksum;
 pub mod encoder;
+pub mod fingerprint;
 mod forward;
 pub mod load;
-mod memory;
+pub mod memory;
 mod model;
 pub mod options;
 mod runner;
 pub mod segment;
 mod weights;
 
-pub use breakdown::Breakdown;
 pub use load::{LoadError, LoadOptions, LoadReport, load};
 pub use options::{DtypeChoice, KvMemory, Quantize};
 pub use runner::CpuRunner;

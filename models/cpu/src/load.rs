@@ -2,7 +2,6 @@
 
 use std::path::{Path, PathBuf};
 
-use sha2::{Digest, Sha256};
 use understudy_checkpoint::spec::ModelSpec;
 use understudy_checkpoint::unused::check_all_used;
 use understudy_checkpoint::{
@@ -10,20 +9,17 @@ use understudy_checkpoint::{
 };
 use understudy_engine_core::model_dir::{ModelDir, ModelDirError};
 use understudy_engine_core::runner::ModelInfo;
-use understudy_engine_core::sampler::SAMPLING_NUMERICS;
 use understudy_engine_core::tokenizer::{TextTokenizer, TokenizerError};
 use understudy_kernels::KvBlocks;
 use understudy_kernels::{BLOCK, Pool};
 
+use crate::fingerprint::{Arithmetic, fingerprint};
 use crate::memory::{KvDemand, available_bytes};
 use crate::model::Model;
 use crate::options::{DtypeChoice, KvMemory, Quantize};
 use crate::runner::CpuRunner;
 use crate::segment::{self, Origin};
 use crate::weights::Layout;
-
-/// Raised whenever a change to a kernel or to the order of a model's operations changes bits.
-pub const EXACT_NUMERICS: &str = "exact-2";
 
 /// Weight bytes that are worth a thread of their own: below, waking it costs more than it saves. Threads never change bits.
 const BYTES_PER_THREAD: usize = 16 << 20;
@@ -40,6 +36,8 @@ pub struct LoadOptions {
     /// Positions per sequence; `None` takes the model's own limit.
     pub context_length: Option<usize>,
     pub kv_memory: KvMemory,
+    /// A number of blocks instead of `kv_memory`.
+    pub kv_blocks: Option<usize>,
     /// Whether packed weights are shared with other engines of this host.
     pub share_weights: bool,
 }
@@ -53,6 +51,7 @@ impl Default for LoadOptions {
             max_sequences: 16,
             context_length: None,
             kv_memory: KvMemory::default(),
+            kv_blocks: None,
             share_weights: true,
         }
     }
@@ -165,7 +164,11 @@ pub fn load(
         context_length,
         max_sequences: options.max_sequences,
     };
-    let kv_blocks = demand.blocks(options.kv_memory, available_bytes())?;
+    let budget = match options.kv_blocks {
+        Some(blocks) => KvMemory::Bytes((blocks as u64).saturating_mul(block_bytes as u64)),
+        None => options.kv_memory,
+    };
+    let kv_blocks = demand.blocks(budget, available_bytes())?;
     let info = ModelInfo {
         architecture: described.architecture,
         context_length,
@@ -176,7 +179,14 @@ pub fn load(
         max_sequences: options.max_sequences,
         kv_blocks,
         kv_block_bytes: block_bytes,
-        fingerprint: fingerprint(&model.spec, &weights.value_hash, &tokenizer_hash, options),
+        fingerprint: fingerprint(
+            &weights.value_hash,
+            &checkpoint,
+            &model.spec,
+            &tokenizer_hash,
+            &Arithmetic::exact(options.quantize),
+            |stored| options.dtype.of(stored),
+        ),
         exact: true,
     };
     let report = LoadReport {
@@ -288,33 +298,4 @@ fn dtype_name(checkpoint: &Checkpoint, options: &LoadOptions) -> String {
         Quantize::Int8 => "int8".to_owned(),
         Quantize::Int4 => "int4".to_owned(),
     }
-}
-
-/// Equal fingerprints mean equal bits, on any CPU and with any number of threads: the weights' values, how they are rounded, what is
-/// computed with them, and the versions of kernels and sampler. How long a context an engine allows is not in it.
-fn fingerprint(
-    spec: &ModelSpec,
-    value_hash: &[u8; 32],
-    tokenizer_hash: &str,
-    options: &LoadOptions,
-) -> String {
-    let mut hash = Sha256::new();
-    hash.update(value_hash);
-    let texts = [
-        format!("{spec:?}"),
-        tokenizer_hash.to_owned(),
-        format!("{:?} {:?}", options.dtype, options.quantize),
-        EXACT_NUMERICS.to_owned(),
-        SAMPLING_NUMERICS.to_owned(),
-    ];
-    for text in texts {
-        // Lengths keep neighbouring texts apart.
-        hash.update(format!("{}:{text}", text.len()));
-    }
-    let digest = hash.finalize();
-    let hex: String = digest[..16]
-        .iter()
-        .map(|byte| format!("{byte:02x}"))
-        .collect();
-    format!("{EXACT_NUMERICS}-{hex}")
 }

@@ -45,9 +45,9 @@ impl Default for KvMemory {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{what} {found:?} is not known; allowed: {allowed}")]
 pub struct UnknownChoice {
-    what: &'static str,
-    found: String,
-    allowed: &'static str,
+    pub what: &'static str,
+    pub found: String,
+    pub allowed: &'static str,
 }
 
 impl FromStr for DtypeChoice {

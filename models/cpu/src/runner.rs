@@ -5,6 +5,7 @@
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
+use understudy_engine_core::breakdown::{Breakdown, Measured};
 use understudy_engine_core::runner::{
     BlockId, Chunk, ModelInfo, ModelRunner, StepError, Ticks, panic_text,
 };
@@ -13,7 +14,7 @@ use understudy_kernels::KvBlocks;
 use understudy_kernels::RowPlace;
 use understudy_kernels::{BLOCK, Pool};
 
-use crate::breakdown::{Breakdown, Part, Stopwatch};
+use crate::breakdown::{Part, Stopwatch};
 use crate::forward::{Arena, StepRows, forward};
 use crate::model::Model;
 
@@ -66,11 +67,6 @@ impl CpuRunner {
             rows: Rows::default(),
             watch: Stopwatch::default(),
         }
-    }
-
-    /// Where the time went since the last call.
-    pub fn take_breakdown(&mut self) -> Breakdown {
-        std::mem::take(&mut self.watch.spent)
     }
 
     /// What a step may not ask for; the scheduler never does.
@@ -148,7 +144,7 @@ impl CpuRunner {
             &|| ticks.tick(),
         );
         rows_to_logits(&self.model, &self.pool, hidden, rows.wanted.len(), logits);
-        self.watch.charge(Part::Head);
+        self.watch.charge(Part::Matmul);
         rows.places = recycled(places);
     }
 
@@ -235,5 +231,15 @@ impl ModelRunner for CpuRunner {
             rest = next;
         }
         Ok(())
+    }
+}
+
+impl Measured for CpuRunner {
+    fn measure(&mut self, on: bool) {
+        self.watch = Stopwatch::new(on);
+    }
+
+    fn breakdown(&self) -> Option<Breakdown> {
+        self.watch.breakdown()
     }
 }

@@ -99,7 +99,6 @@ struct Config {
     model_type: Option<String>,
     #[serde(default)]
     architectures: Option<Vec<String>>,
-    #[serde(alias = "n_positions")]
     max_position_embeddings: Option<usize>,
     /// GPT-2's name for it.
     n_positions: Option<usize>,

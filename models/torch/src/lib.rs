@@ -8,7 +8,6 @@
 
 pub mod demo;
 pub mod device;
-pub mod fingerprint;
 pub mod gpu;
 pub mod layers;
 pub mod libtorch;

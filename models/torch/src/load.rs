@@ -18,7 +18,6 @@ use understudy_engine_core::tokenizer::{TextTokenizer, TokenizerError};
 use understudy_kernels::Isa;
 
 use crate::device::{DeviceChoice, DeviceError, device_name};
-use crate::fingerprint::{Arithmetic, fingerprint};
 use crate::gpu;
 use crate::layers::Purpose;
 use crate::libtorch::{self, WrongLibTorch};
@@ -26,6 +25,7 @@ use crate::model::Model;
 use crate::options::{DtypeChoice, KvMemory, Numerics, Quantize, UnknownChoice};
 use crate::runner::{BlockCache, TorchEncoder, TorchRunner};
 use memory::{KvDemand, available_bytes};
+use understudy_cpu::fingerprint::{Arithmetic, fingerprint};
 
 /// What a caller may choose about a model.
 #[derive(Debug, Clone)]
@@ -45,6 +45,8 @@ pub struct LoadOptions {
     pub kv_memory: KvMemory,
     /// A number of blocks instead of `kv_memory`.
     pub kv_blocks: Option<usize>,
+    /// Whether packed weights are shared with other engines of this host; of exact numerics only.
+    pub share_weights: bool,
 }
 
 impl Default for LoadOptions {
@@ -59,6 +61,24 @@ impl Default for LoadOptions {
             context_length: None,
             kv_memory: KvMemory::default(),
             kv_blocks: None,
+            share_weights: true,
+        }
+    }
+}
+
+impl LoadOptions {
+    /// The same for the executor of exact numerics.
+    #[must_use]
+    pub fn on_the_cpu(&self) -> understudy_cpu::LoadOptions {
+        understudy_cpu::LoadOptions {
+            dtype: self.dtype,
+            quantize: self.quantize,
+            threads: self.threads,
+            max_sequences: self.max_sequences,
+            context_length: self.context_length,
+            kv_memory: self.kv_memory,
+            kv_blocks: self.kv_blocks,
+            share_weights: self.share_weights,
         }
     }
 }
@@ -75,6 +95,8 @@ pub enum ModelError {
         directory: PathBuf,
         source: TensorError,
     },
+    #[error(transparent)]
+    Cpu(#[from] understudy_cpu::LoadError),
     #[error(transparent)]
     Device(#[from] DeviceError),
     #[error(transparent)]
@@ -144,7 +166,11 @@ pub fn load(
     options: &LoadOptions,
     progress: &mut dyn FnMut(f32),
 ) -> Result<Box<dyn Measured>, ModelError> {
-    // The seam: exact numerics on the CPU are understudy-cpu's, everything else is LibTorch's.
+    let device = options.device.resolve()?;
+    if device == Device::Cpu && options.numerics == Numerics::Exact {
+        let (runner, _) = understudy_cpu::load(directory, &options.on_the_cpu(), progress)?;
+        return Ok(Box::new(runner));
+    }
     Ok(Box::new(load_stock(directory, options, progress)?))
 }
 
@@ -362,6 +388,7 @@ impl Source {
         let arithmetic = Arithmetic::stock(hardware, self.stored(), &release);
         let kept = |_| self.stored();
         fingerprint(
+            &self.checkpoint.value_hash(),
             &self.checkpoint,
             &self.spec,
             tokenizer_hash,

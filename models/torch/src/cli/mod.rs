@@ -58,7 +58,7 @@ pub struct ModelArgs {
     #[arg(long, default_value = "exact")]
     pub numerics: Numerics,
     /// Quantize the weights at load: none, int8, int4 (exact numerics only)
-    #[arg(long, default_value = "none")]
+    #[arg(long = "quantization", default_value = "none")]
     pub quantize: Quantize,
     /// Memory for keys and values: a fraction of what is free once the weights are loaded (0.5), or an amount (2GiB)
     #[arg(long, default_value = "0.5")]
@@ -78,6 +78,7 @@ impl ModelArgs {
             quantize: self.quantize,
             kv_memory: self.kv_memory,
             kv_blocks: None,
+            share_weights: true,
         };
         load(&self.model, &options, &mut |_| {})
             .map_err(|error: ModelError| Failure::of(ExitStatus::LoadFailed, error))

@@ -13,7 +13,7 @@ use understudy_torch::options::{KvMemory, Numerics, Quantize, UnknownChoice};
 #[derive(Debug, clap::Args)]
 pub struct ServeArgs {
     /// --model DIR --fd N [--dtype f32|bf16|f16|auto] [--device auto|cpu|cuda:N] [--threads N] [--max-sequences N] [--context-length N]
-    /// [--kv-blocks N] [--max-waiting N] [--step-tokens N] [--numerics exact|fast] [--quantize none|int8|int4] [--kv-memory 0.5|2GiB]
+    /// [--kv-blocks N] [--max-waiting N] [--step-tokens N] [--numerics exact|fast] [--quantization none|int8|int4] [--kv-memory 0.5|2GiB]
     #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
     arguments: Vec<OsString>,
 }
@@ -35,7 +35,7 @@ fn start(args: ServeArgs) -> Result<ExitStatus, String> {
     let args = EngineArgs::parse(arguments, |name, values| {
         match name {
             "--numerics" => numerics = chosen(&values.text()?)?,
-            "--quantize" => quantize = chosen(&values.text()?)?,
+            "--quantization" => quantize = chosen(&values.text()?)?,
             "--kv-memory" => kv_memory = chosen(&values.text()?)?,
             _ => return Ok(false),
         }
@@ -58,6 +58,7 @@ fn start(args: ServeArgs) -> Result<ExitStatus, String> {
         quantize,
         kv_memory,
         kv_blocks: args.kv_blocks,
+        share_weights: true,
     };
     let socket = inherited_socket(args.fd).map_err(|error| error.to_string())?;
     let serve_options = ServeOptions {

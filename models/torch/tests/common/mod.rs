@@ -35,7 +35,7 @@ pub struct Expected {
 
 pub fn golden(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR"))
-        .join("tests/golden")
+        .join("../cpu/tests/golden")
         .join(name)
 }
 

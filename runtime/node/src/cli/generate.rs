@@ -237,6 +237,7 @@ mod tests {
                 ignore_eos: true,
                 logprobs: false,
                 top_logprobs: 3,
+                ..Sampling::default()
             },
             stop: vec!["a".to_owned(), "b,c".to_owned()],
             include_stop: true,

@@ -11,6 +11,11 @@ use sha2::{Digest, Sha256};
 use understudy_checkpoint::{Checkpoint, ModelSpec, StoredType};
 use understudy_engine_core::sampler::SAMPLING_NUMERICS;
 
+use crate::options::Quantize;
+
+/// Raised whenever a change to a kernel or to the order of a model's operations changes bits.
+pub const EXACT_NUMERICS: &str = "exact-2";
+
 /// Whose arithmetic.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Arithmetic {
@@ -21,6 +26,19 @@ pub struct Arithmetic {
 }
 
 impl Arithmetic {
+    /// Our kernels, with weights quantized or not.
+    #[must_use]
+    pub fn exact(quantize: Quantize) -> Self {
+        let class = match quantize {
+            Quantize::None => Vec::new(),
+            other => vec![format!("{other:?}")],
+        };
+        Self {
+            family: EXACT_NUMERICS.to_owned(),
+            class,
+        }
+    }
+
     /// LibTorch's operators; `hardware` is such as `NVIDIA H100 80GB HBM3` or `x86_64 avx2`, `dtype` that in which everything is computed.
     #[must_use]
     pub fn stock(hardware: String, dtype: StoredType, libtorch: &str) -> Self {
@@ -38,9 +56,10 @@ impl Arithmetic {
     }
 }
 
-/// The fingerprint of a loaded model. `kept` tells the width in which a matrix that is stored in the given one is kept;
+/// The fingerprint of a loaded model. `value_hash` is the checkpoint's; `kept` tells the width in which a matrix that is stored in the given one is kept;
 /// `tokenizer_hash` is empty where there is no tokenizer.
 pub fn fingerprint(
+    value_hash: &[u8; 32],
     checkpoint: &Checkpoint,
     spec: &ModelSpec,
     tokenizer_hash: &str,
@@ -48,7 +67,7 @@ pub fn fingerprint(
     kept: impl Fn(StoredType) -> StoredType,
 ) -> String {
     let mut hash = Sha256::new();
-    hash.update(checkpoint.value_hash());
+    hash.update(value_hash);
     hash.update(tokenizer_hash);
     // How long a context an engine allows is no property of the arithmetic.
     let computed = ModelSpec {
@@ -87,7 +106,14 @@ mod tests {
         let checkpoint = Checkpoint::open(&golden).unwrap();
         let mut spec = families::read(&golden).unwrap();
         change(&mut spec);
-        fingerprint(&checkpoint, &spec, "", arithmetic, |stored| stored)
+        fingerprint(
+            &checkpoint.value_hash(),
+            &checkpoint,
+            &spec,
+            "",
+            arithmetic,
+            |stored| stored,
+        )
     }
 
     #[test]
