@@ -27,7 +27,7 @@ WARM_UP_TOKENS = 4
 ENGINE_FLAGS = {
     "f32": ["--dtype", "f32"],
     "bf16": ["--dtype", "bf16"],
-    "int8": ["--dtype", "f32", "--quantize", "int8"],
+    "int8": ["--dtype", "f32", "--quantization", "int8"],
 }
 
 # Deadlines, far above what a slow machine takes: one command, a server's start, one silence of a stream.

@@ -3,7 +3,7 @@
 
     python3 -m venv /tmp/golden-venv
     /tmp/golden-venv/bin/pip install torch==2.11.0 transformers==5.23.0 safetensors
-    /tmp/golden-venv/bin/python scripts/golden/make_llama_goldens.py models/torch/tests/golden
+    /tmp/golden-venv/bin/python scripts/golden/make_llama_goldens.py models/cpu/tests/golden
 
 Each directory is a checkpoint (config.json, safetensors) plus
 

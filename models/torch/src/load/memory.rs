@@ -94,7 +94,6 @@ mod tests {
     #[test]
     fn this_machine_has_memory() {
         assert!(available_bytes(Device::Cpu) > 1 << 20);
-        assert!(available_bytes(Device::Cpu) > 1 << 20);
     }
 
     /// meta-llama/Llama-3.2-1B, as published.
