@@ -101,8 +101,6 @@ struct Config {
     architectures: Option<Vec<String>>,
     #[serde(alias = "n_positions")]
     max_position_embeddings: Option<usize>,
-    /// GPT-2's name for it.
-    n_positions: Option<usize>,
     vocab_size: Option<usize>,
     eos_token_id: Option<TokenIds>,
 }
@@ -156,7 +154,6 @@ impl ModelDir {
                 .ok_or_else(|| key("model_type", "the model's family"))?,
             context_length: config
                 .max_position_embeddings
-                .or(config.n_positions)
                 .filter(|&length| length > 0)
                 .ok_or_else(|| {
                     key(

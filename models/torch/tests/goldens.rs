@@ -5,8 +5,7 @@ mod common;
 use std::path::{Path, PathBuf};
 
 use common::{
-    Expected, GOLDENS, all_logits, argmax, expected, expected_in, family_goldens, golden, open,
-    scheduled, worst,
+    Expected, all_logits, argmax, expected, expected_in, goldens, open, scheduled, worst,
 };
 use fastrand::Rng;
 use understudy_checkpoint::families;
@@ -43,14 +42,9 @@ fn load_within(directory: &Path, context_length: Option<usize>) -> TorchRunner {
         .unwrap_or_else(|error| panic!("{}: {error}", directory.display()))
 }
 
-fn all_goldens() -> Vec<PathBuf> {
-    let of_llama = GOLDENS.iter().map(|name| golden(name));
-    of_llama.chain(family_goldens()).collect()
-}
-
 /// Those of models that generate text, with the context that they were computed in.
 fn decoders() -> impl Iterator<Item = (PathBuf, Option<usize>)> {
-    all_goldens().into_iter().filter_map(|directory| {
+    goldens().into_iter().filter_map(|directory| {
         let spec = families::read(&directory).unwrap();
         if !spec.generates() {
             return None;
@@ -105,7 +99,7 @@ fn decoders_match_transformers() {
 
 #[test]
 fn encoders_match_transformers() {
-    for directory in all_goldens() {
+    for directory in goldens() {
         if families::read(&directory).unwrap().generates() {
             continue;
         }
