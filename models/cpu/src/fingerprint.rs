@@ -101,8 +101,8 @@ mod tests {
     use super::*;
 
     fn print(arithmetic: &Arithmetic, change: impl FnOnce(&mut ModelSpec)) -> String {
-        let golden =
-            std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/f32_gqa_tied");
+        let golden = std::path::Path::new(env!("CARGO_MANIFEST_DIR"))
+            .join("../cpu/tests/golden/f32_gqa_tied");
         let checkpoint = Checkpoint::open(&golden).unwrap();
         let mut spec = families::read(&golden).unwrap();
         change(&mut spec);

@@ -100,8 +100,6 @@ struct Config {
     #[serde(default)]
     architectures: Option<Vec<String>>,
     max_position_embeddings: Option<usize>,
-    /// GPT-2's name for it.
-    n_positions: Option<usize>,
     vocab_size: Option<usize>,
     eos_token_id: Option<TokenIds>,
 }
@@ -155,7 +153,6 @@ impl ModelDir {
                 .ok_or_else(|| key("model_type", "the model's family"))?,
             context_length: config
                 .max_position_embeddings
-                .or(config.n_positions)
                 .filter(|&length| length > 0)
                 .ok_or_else(|| {
                     key(

@@ -6,7 +6,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 
 use tch::{Device, Kind, Tensor};
-use understudy_checkpoint::spec::ModelSpec;
+use understudy_checkpoint::spec::{LayerSpec, ModelSpec};
 use understudy_checkpoint::{
     Checkpoint, CheckpointError, ConfigError, StoredTensor, StoredType, TensorError,
     check_all_used, families,
@@ -189,6 +189,13 @@ pub fn load_stock(
         let architecture = spec.architecture.clone();
         return Err(ModelError::Encoder { architecture });
     }
+    if spec.layers.iter().any(|layer| !layer.attention.causal) {
+        let reason = format!(
+            "{} generates without causal attention, which is not computed here",
+            spec.architecture
+        );
+        return Err(ModelError::Option(reason));
+    }
     if options.max_sequences == 0 {
         let reason = "at least one sequence must be allowed";
         return Err(ModelError::Option(reason.to_owned()));
@@ -247,6 +254,11 @@ pub fn load_encoder(directory: &Path, options: &LoadOptions) -> Result<TorchEnco
     if source.spec.generates() {
         let architecture = source.spec.architecture;
         return Err(ModelError::Generator { architecture });
+    }
+    let windowed = |layer: &LayerSpec| !layer.attention.causal && layer.attention.window.is_some();
+    if source.spec.layers.iter().any(windowed) {
+        let reason = "windows of layers that see ahead are not computed here";
+        return Err(ModelError::Option(reason.to_owned()));
     }
     tch::set_num_threads(source.threads(options) as i32);
     source.model().map(TorchEncoder::new)

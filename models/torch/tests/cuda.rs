@@ -5,7 +5,7 @@ mod common;
 use std::io::Write;
 use std::path::Path;
 
-use common::{GOLDENS, all_logits, argmax, expected, expected_in, family_goldens, golden, worst};
+use common::{all_logits, argmax, expected, expected_in, golden, goldens, worst};
 use understudy_checkpoint::families;
 use understudy_engine_core::runner::{Chunk, ModelRunner};
 use understudy_torch::device::DeviceChoice;
@@ -43,10 +43,7 @@ fn on_gpu(directory: &Path, dtype: DtypeChoice) -> Option<TorchRunner> {
 
 #[test]
 fn f32_on_a_gpu_matches_transformers() {
-    let all = GOLDENS
-        .iter()
-        .map(|name| golden(name))
-        .chain(family_goldens());
+    let all = goldens().into_iter();
     for directory in all.filter(|path| families::read(path).unwrap().generates()) {
         let Some(mut runner) = on_gpu(&directory, DtypeChoice::F32) else {
             return;

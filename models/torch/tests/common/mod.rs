@@ -10,16 +10,6 @@ use understudy_engine_core::runner::{BLOCK, BlockId, Chunk, ModelRunner};
 use understudy_torch::load::{LoadOptions, load_stock};
 use understudy_torch::runner::TorchRunner;
 
-/// Golden Llama checkpoints; see `scripts/golden/make_llama_goldens.py`.
-pub const GOLDENS: [&str; 6] = [
-    "f32_gqa_tied",
-    "f32_untied_sharded",
-    "bf16_mha_tied",
-    "f16_biases_sharded",
-    "f32_llama3_rope",
-    "f32_linear_rope",
-];
-
 /// What transformers computed.
 #[derive(Deserialize)]
 pub struct Expected {
@@ -39,15 +29,15 @@ pub fn golden(name: &str) -> PathBuf {
         .join(name)
 }
 
-/// The golden checkpoints of all families, by name.
-pub fn family_goldens() -> Vec<PathBuf> {
-    let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("../cpu/tests/golden");
-    let entries = std::fs::read_dir(directory).into_iter().flatten().flatten();
+/// All golden checkpoints, by name.
+pub fn goldens() -> Vec<PathBuf> {
+    let entries = std::fs::read_dir(golden("")).unwrap();
     let mut all: Vec<PathBuf> = entries
-        .map(|entry| entry.path())
+        .map(|entry| entry.unwrap().path())
         .filter(|path| path.join("expected.json").exists())
         .collect();
     all.sort();
+    assert!(all.len() > 30, "some are missing: {all:?}");
     all
 }
 
