@@ -15,11 +15,11 @@ use std::ops::Range;
 
 use crate::elementwise::join;
 use crate::isa::{Isa, multiversion};
-use crate::kv::{BLOCK, KvBlocks};
-use crate::lanes::Lanes;
+use crate::kv::{BLOCK, KvBlocks, KvFormat, KvSlice};
+use crate::lanes::{F16, Lanes, Weight};
 use crate::math::{exp, tanh};
 use crate::pool::Pool;
-use crate::product::{Product, UNIT, product_f32};
+use crate::product::{Product, UNIT, product_f16, product_f32};
 
 /// Query vectors (rows times heads of one group) that share a pass over the keys.
 const VECTORS: usize = 8;
@@ -287,11 +287,11 @@ unsafe fn softmax_body<L: Lanes>(row: &mut [f32], sum: &mut f32) {
 }
 
 /// Scores of `R` query vectors against the keys of some blocks, `keys[b]` being `[dim][16]`.
-struct Scores {
+struct Scores<W> {
     rows: usize,
     dim: usize,
     queries: *const f32,
-    keys: [*const f32; BLOCKS],
+    keys: [*const W; BLOCKS],
     blocks: usize,
     scores: *mut f32,
     stride: usize,
@@ -299,8 +299,8 @@ struct Scores {
 
 /// `V` registers, `V * WIDTH / 16` blocks from `block` on.
 #[inline(always)]
-unsafe fn score_tile<L: Lanes, const R: usize, const V: usize>(
-    job: &Scores,
+unsafe fn score_tile<L: Lanes, W: Weight, const R: usize, const V: usize>(
+    job: &Scores<W>,
     row: usize,
     block: usize,
 ) {
@@ -310,7 +310,7 @@ unsafe fn score_tile<L: Lanes, const R: usize, const V: usize>(
             let mut keys = [L::splat(0.0); V];
             for (v, key) in keys.iter_mut().enumerate() {
                 let lane = v * L::WIDTH;
-                *key = L::load(job.keys[block + lane / BLOCK].add(d * BLOCK + lane % BLOCK));
+                *key = W::load(job.keys[block + lane / BLOCK].add(d * BLOCK + lane % BLOCK));
             }
             for (r, sums) in sums.iter_mut().enumerate() {
                 let q = L::splat(*job.queries.add((row + r) * job.dim + d));
@@ -332,20 +332,24 @@ unsafe fn score_tile<L: Lanes, const R: usize, const V: usize>(
 
 /// All rows of `V` registers.
 #[inline(always)]
-unsafe fn score_rows<L: Lanes, const V: usize>(job: &Scores, block: usize, limit: usize) {
+unsafe fn score_rows<L: Lanes, W: Weight, const V: usize>(
+    job: &Scores<W>,
+    block: usize,
+    limit: usize,
+) {
     let mut row = 0;
     while row < job.rows {
         let take = (job.rows - row).min(limit);
         unsafe {
             match take {
-                8 => score_tile::<L, 8, V>(job, row, block),
-                7 => score_tile::<L, 7, V>(job, row, block),
-                6 => score_tile::<L, 6, V>(job, row, block),
-                5 => score_tile::<L, 5, V>(job, row, block),
-                4 => score_tile::<L, 4, V>(job, row, block),
-                3 => score_tile::<L, 3, V>(job, row, block),
-                2 => score_tile::<L, 2, V>(job, row, block),
-                _ => score_tile::<L, 1, V>(job, row, block),
+                8 => score_tile::<L, W, 8, V>(job, row, block),
+                7 => score_tile::<L, W, 7, V>(job, row, block),
+                6 => score_tile::<L, W, 6, V>(job, row, block),
+                5 => score_tile::<L, W, 5, V>(job, row, block),
+                4 => score_tile::<L, W, 4, V>(job, row, block),
+                3 => score_tile::<L, W, 3, V>(job, row, block),
+                2 => score_tile::<L, W, 2, V>(job, row, block),
+                _ => score_tile::<L, W, 1, V>(job, row, block),
             }
         }
         row += take;
@@ -353,7 +357,7 @@ unsafe fn score_rows<L: Lanes, const V: usize>(job: &Scores, block: usize, limit
 }
 
 #[inline(always)]
-unsafe fn score_body<L: Lanes>(job: &Scores) {
+unsafe fn score_body<L: Lanes, W: Weight>(job: &Scores<W>) {
     let mut block = 0;
     while block < job.blocks {
         let left = job.blocks - block;
@@ -361,11 +365,11 @@ unsafe fn score_body<L: Lanes>(job: &Scores) {
         let wide = L::WIDTH == BLOCK && left >= BLOCKS;
         unsafe {
             match L::WIDTH {
-                16 if wide => score_rows::<L, 4>(job, block, 6),
-                16 => score_rows::<L, 1>(job, block, 8),
-                8 => score_rows::<L, 2>(job, block, 6),
-                4 => score_rows::<L, 4>(job, block, 6),
-                _ => score_rows::<L, 16>(job, block, 1),
+                16 if wide => score_rows::<L, W, 4>(job, block, 6),
+                16 => score_rows::<L, W, 1>(job, block, 8),
+                8 => score_rows::<L, W, 2>(job, block, 6),
+                4 => score_rows::<L, W, 4>(job, block, 6),
+                _ => score_rows::<L, W, 16>(job, block, 1),
             }
         }
         block += if wide { BLOCKS } else { 1 };
@@ -374,7 +378,11 @@ unsafe fn score_body<L: Lanes>(job: &Scores) {
 
 multiversion! {
     /// See [`Scores`].
-    fn scores_isa(job: &Scores) => score_body
+    fn scores_f32(job: &Scores<f32>) => score_body::<f32>
+}
+multiversion! {
+    /// See [`Scores`].
+    fn scores_f16(job: &Scores<F16>) => score_body::<F16>
 }
 
 #[inline(always)]
@@ -460,20 +468,46 @@ impl Tile<'_> {
         stride: usize,
     ) {
         for (group, blocks) in blocks.chunks(BLOCKS).enumerate() {
-            let mut keys = [std::ptr::null(); BLOCKS];
-            for (target, block) in keys.iter_mut().zip(blocks) {
-                *target = self.kv.keys(*block, self.kv_head).as_ptr();
+            let scores = unsafe { scores.as_mut_ptr().add(group * BLOCKS * BLOCK) };
+            let queries = queries.as_ptr();
+            let dim = self.kv.head_dim();
+            let (mut wide, mut narrow) = ([std::ptr::null(); BLOCKS], [std::ptr::null(); BLOCKS]);
+            for (index, block) in blocks.iter().enumerate() {
+                match self.kv.keys(*block, self.kv_head) {
+                    KvSlice::F32(keys) => wide[index] = keys.as_ptr(),
+                    KvSlice::F16(keys) => narrow[index] = keys.as_ptr().cast::<F16>(),
+                }
             }
-            let job = Scores {
-                rows,
-                dim: self.kv.head_dim(),
-                queries: queries.as_ptr(),
-                keys,
-                blocks: blocks.len(),
-                scores: unsafe { scores.as_mut_ptr().add(group * BLOCKS * BLOCK) },
-                stride,
-            };
-            unsafe { scores_isa(self.isa, &job) };
+            let blocks = blocks.len();
+            // SAFETY: as many blocks as there are pointers of the format.
+            unsafe {
+                match self.kv.format() {
+                    KvFormat::F32 => {
+                        let job = Scores {
+                            rows,
+                            dim,
+                            queries,
+                            keys: wide,
+                            blocks,
+                            scores,
+                            stride,
+                        };
+                        scores_f32(self.isa, &job);
+                    }
+                    KvFormat::F16 => {
+                        let job = Scores {
+                            rows,
+                            dim,
+                            queries,
+                            keys: narrow,
+                            blocks,
+                            scores,
+                            stride,
+                        };
+                        scores_f16(self.isa, &job);
+                    }
+                }
+            }
         }
     }
 
@@ -489,20 +523,33 @@ impl Tile<'_> {
             while position < to {
                 let (block, offset) = (self.table[position / BLOCK], position % BLOCK);
                 let take = (BLOCK - offset).min(to - position);
-                let values = self.kv.values(block, self.kv_head);
                 let product = Product {
                     rows,
                     k: take,
                     columns: padded,
                     x: unsafe { scores.as_ptr().add(row * stride + position - base) },
                     x_stride: stride,
-                    w: unsafe { values.as_ptr().add(offset * padded) },
+                    w: std::ptr::null::<f32>(),
                     w_stride: padded,
                     y: unsafe { sums.as_mut_ptr().add(row * padded) },
                     y_stride: padded,
                     accumulate: !(begins && position == from),
                 };
-                unsafe { product_f32(self.isa, product) };
+                // SAFETY: the block's values from `offset` on are at least `take` rows.
+                unsafe {
+                    match self.kv.values(block, self.kv_head) {
+                        KvSlice::F32(values) => {
+                            product_f32(
+                                self.isa,
+                                product.with(values.as_ptr().add(offset * padded)),
+                            );
+                        }
+                        KvSlice::F16(values) => {
+                            let values = values.as_ptr().add(offset * padded).cast::<F16>();
+                            product_f16(self.isa, product.with(values));
+                        }
+                    }
+                }
                 position += take;
             }
         };

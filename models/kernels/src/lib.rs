@@ -35,7 +35,7 @@ pub use elementwise::{
     silu_mul,
 };
 pub use isa::Isa;
-pub use kv::{BLOCK, KvBlocks};
+pub use kv::{BLOCK, KvBlocks, KvFormat};
 pub use lanes::{bf16_to_f32, f16_to_f32, f32_to_bf16, f32_to_f16};
 pub use linear::{PackedLinear, RowSource, WeightFormat, WeightSlice};
 pub use math::{erf, exp, gelu_erf, gelu_tanh, ln, tanh};

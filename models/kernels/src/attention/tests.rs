@@ -1,4 +1,5 @@
 use super::*;
+use crate::lanes::{f16_to_f32, f32_to_f16};
 use crate::testing::Random;
 
 fn bits(values: &[f32]) -> Vec<u32> {
@@ -319,7 +320,10 @@ fn many_rows_are_written_like_one_and_blocks_travel() {
         let mut bytes = Vec::new();
         kv.export(*from, &mut bytes);
         assert_eq!(bytes.len(), kv.block_bytes());
-        assert_eq!(bytes.len(), KvBlocks::position_bytes(3, 20) * BLOCK);
+        assert_eq!(
+            bytes.len(),
+            KvBlocks::position_bytes(KvFormat::F32, 3, 20) * BLOCK
+        );
         other.import(*to, &bytes);
     }
     let spare = scene.table[300_usize.div_ceil(BLOCK)];
@@ -342,4 +346,59 @@ fn many_rows_are_written_like_one_and_blocks_travel() {
     let expected = run(&scene.kv, &scene.table);
     assert_eq!(run(&kv, &copied), expected);
     assert_eq!(run(&other, &reversed), expected);
+}
+
+/// Half-precision keys and values give the bits of f32 ones that hold the same rounded numbers.
+#[test]
+fn narrow_keys_and_values_are_widened_exactly() {
+    let mut random = Random::new(11);
+    let (kv_heads, heads, dim, length) = (2, 6, 24, 60);
+    let table: Vec<u32> = (0..4).rev().collect();
+    let places: Vec<RowPlace<'_>> = (0..length).map(|p| RowPlace::causal(&table, p)).collect();
+    let mut k = random.values(length * kv_heads * dim);
+    let v = random.values(length * kv_heads * dim);
+    k[5] = 1e9;
+    k[7] = -1e9;
+    let mut narrow = KvBlocks::of(KvFormat::F16, 4, kv_heads, dim);
+    narrow.write_rows(&Pool::new(1), &places, &k, &v, kv_heads * dim);
+    let rounded = |x: &f32| f16_to_f32(f32_to_f16(x.clamp(-65504.0, 65504.0)));
+    let (k, v): (Vec<f32>, Vec<f32>) = (
+        k.iter().map(rounded).collect(),
+        v.iter().map(rounded).collect(),
+    );
+    let mut wide = KvBlocks::new(4, kv_heads, dim);
+    wide.write_rows(&Pool::new(2), &places, &k, &v, kv_heads * dim);
+    let q = random.values(length * heads * dim);
+    let call = Attend {
+        scale: 1e-3,
+        ..Attend::plain(heads, dim)
+    };
+    let mut expected = vec![0.0; q.len()];
+    attend_on(
+        Isa::Scalar,
+        &Pool::new(1),
+        &wide,
+        &places,
+        &call,
+        &q,
+        &mut expected,
+    );
+    for &isa in Isa::available() {
+        let mut out = vec![0.0; q.len()];
+        attend_on(isa, &Pool::new(2), &narrow, &places, &call, &q, &mut out);
+        assert_eq!(bits(&out), bits(&expected), "{isa:?}");
+    }
+    let (mut bytes, mut copy) = (Vec::new(), KvBlocks::of(KvFormat::F16, 4, kv_heads, dim));
+    for block in 0..4 {
+        bytes.clear();
+        narrow.export(block, &mut bytes);
+        assert_eq!(
+            bytes.len(),
+            KvBlocks::position_bytes(KvFormat::F16, kv_heads, dim) * BLOCK
+        );
+        copy.import(block, &bytes);
+    }
+    let mut out = vec![0.0; q.len()];
+    attend(&Pool::new(1), &copy, &places, &call, &q, &mut out);
+    assert_eq!(bits(&out), bits(&expected));
 }
