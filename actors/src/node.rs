@@ -394,6 +394,7 @@ fn engine_spec(
     };
     EngineSpec {
         quantization: model.quantization.to_string(),
+        kv_dtype: model.kv_dtype.to_string(),
         kv_memory,
         program: engine.to_owned(),
         model_dir: model.path.clone(),

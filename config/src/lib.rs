@@ -30,6 +30,6 @@ pub use settings::{
 };
 pub use tokens::{TokenFileError, TokenFileProblem, read_tokens};
 pub use value::{
-    Choice, ConfigMismatch, Device, Dtype, Durability, KvMemory, LogFormat, LogLevel, Numerics,
-    Quantization, Role, UnknownWord,
+    Choice, ConfigMismatch, Device, Dtype, Durability, KvDtype, KvMemory, LogFormat, LogLevel,
+    Numerics, Quantization, Role, UnknownWord,
 };

@@ -12,7 +12,7 @@ use crate::kind::{
 };
 use crate::schema::{Section as _, SectionInfo, derived, preset, required, settings};
 use crate::value::{
-    ConfigMismatch, Device, Dtype, Durability, KvMemory, LogFormat, LogLevel, Numerics,
+    ConfigMismatch, Device, Dtype, Durability, KvDtype, KvMemory, LogFormat, LogLevel, Numerics,
     Quantization, Role,
 };
 
@@ -75,6 +75,8 @@ settings! {
         Cluster quantization: Quantization = one_of(), preset(Quantization::None);
         /// Memory for keys and values: a share of what is available once the weights are loaded, split between the engines of a node, or a size for each engine. When it runs out, requests wait or are computed again later; none fails.
         Local kv_memory: KvMemory = kv_memory(), preset(KvMemory::Percent(50));
+        /// Width in which keys and values are kept, on CPUs with `numerics = "exact"`; elsewhere it is that of `dtype`.
+        Cluster kv_dtype: KvDtype = one_of(), preset(KvDtype::Auto);
         /// Device for every replica, in place of the nodes' `devices`.
         Cluster device: Option<Device> = optional(device()), preset(None);
         /// CPU threads of one engine process. With `numerics = "exact"` results do not depend on it.

@@ -92,6 +92,15 @@ choices! {
         /// 4-bit weights in groups of 32 with a scale each: least memory.
         Int4 = "int4",
     }
+    /// In which width keys and values are kept.
+    KvDtype {
+        /// `f16` with quantized weights, else `f32`.
+        Auto = "auto",
+        /// 32-bit floats.
+        F32 = "f32",
+        /// IEEE half precision: half the memory and half the traffic of a token.
+        F16 = "f16",
+    }
     /// Where a token must be before a client sees it.
     Durability {
         /// In the gateway's memory: survives engines and hosts.

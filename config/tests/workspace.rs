@@ -17,7 +17,9 @@ const EDGES: &[(&str, &[&str])] = &[
     ("journal", &["protocol"]),
     ("cluster", &["config", "protocol", "telemetry"]),
     ("engine-core", &["kernels"]),
-    ("torch", &["engine-core", "kernels"]),
+    ("checkpoint", &["kernels"]),
+    ("cpu", &["checkpoint", "engine-core", "kernels"]),
+    ("torch", &["checkpoint", "cpu", "engine-core", "kernels"]),
     (
         "actors",
         &[

@@ -25,6 +25,8 @@ pub struct EngineSpec {
     pub numerics: String,
     /// `none`, `int8`, `int4`.
     pub quantization: String,
+    /// `auto`, `f32`, `f16`.
+    pub kv_dtype: String,
     /// A fraction of available memory, or a size in MiB.
     pub kv_memory: String,
     pub threads: u32,
@@ -47,6 +49,7 @@ impl EngineSpec {
         add("--device", self.device.clone());
         add("--numerics", self.numerics.clone());
         add("--quantization", self.quantization.clone());
+        add("--kv-dtype", self.kv_dtype.clone());
         add("--kv-memory", self.kv_memory.clone());
         add("--threads", self.threads.to_string());
         add("--max-sequences", self.max_sequences.to_string());

@@ -80,6 +80,7 @@ impl StandIn {
             device: "cpu".into(),
             numerics: "exact".into(),
             quantization: "none".into(),
+            kv_dtype: "auto".into(),
             kv_memory: "0.5".into(),
             threads: 1,
             max_sequences: 4,

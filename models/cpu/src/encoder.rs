@@ -5,10 +5,7 @@
 use std::path::Path;
 
 use understudy_checkpoint::Checkpoint;
-use understudy_kernels as ops;
-use understudy_kernels::KvBlocks;
-use understudy_kernels::RowPlace;
-use understudy_kernels::{BLOCK, Pool};
+use understudy_kernels::{self as ops, BLOCK, KvBlocks, Pool, RowPlace};
 
 use crate::breakdown::Stopwatch;
 use crate::forward::{Arena, StepRows, forward, kernel};

@@ -10,6 +10,7 @@
 use sha2::{Digest, Sha256};
 use understudy_checkpoint::{Checkpoint, ModelSpec, StoredType};
 use understudy_engine_core::sampler::SAMPLING_NUMERICS;
+use understudy_kernels::KvFormat;
 
 use crate::options::Quantize;
 
@@ -26,13 +27,16 @@ pub struct Arithmetic {
 }
 
 impl Arithmetic {
-    /// Our kernels, with weights quantized or not.
+    /// Our kernels: what is not rounded as stored is told apart.
     #[must_use]
-    pub fn exact(quantize: Quantize) -> Self {
-        let class = match quantize {
-            Quantize::None => Vec::new(),
-            other => vec![format!("{other:?}")],
-        };
+    pub fn exact(quantize: Quantize, kv: KvFormat) -> Self {
+        let mut class = Vec::new();
+        if quantize != Quantize::None {
+            class.push(format!("{quantize:?}"));
+        }
+        if kv != KvFormat::F32 {
+            class.push(format!("kv {kv:?}"));
+        }
         Self {
             family: EXACT_NUMERICS.to_owned(),
             class,

@@ -10,13 +10,12 @@ use understudy_checkpoint::{
 use understudy_engine_core::model_dir::{ModelDir, ModelDirError};
 use understudy_engine_core::runner::ModelInfo;
 use understudy_engine_core::tokenizer::{TextTokenizer, TokenizerError};
-use understudy_kernels::KvBlocks;
-use understudy_kernels::{BLOCK, Pool};
+use understudy_kernels::{BLOCK, KvBlocks, KvFormat, Pool};
 
 use crate::fingerprint::{Arithmetic, fingerprint};
 use crate::memory::{KvDemand, available_bytes};
 use crate::model::Model;
-use crate::options::{DtypeChoice, KvMemory, Quantize};
+use crate::options::{DtypeChoice, KvDtype, KvMemory, Quantize};
 use crate::runner::CpuRunner;
 use crate::segment::{self, Origin};
 use crate::weights::Layout;
@@ -35,6 +34,7 @@ pub struct LoadOptions {
     pub max_sequences: usize,
     /// Positions per sequence; `None` takes the model's own limit.
     pub context_length: Option<usize>,
+    pub kv_dtype: KvDtype,
     pub kv_memory: KvMemory,
     /// A number of blocks instead of `kv_memory`.
     pub kv_blocks: Option<usize>,
@@ -50,6 +50,7 @@ impl Default for LoadOptions {
             threads: 0,
             max_sequences: 16,
             context_length: None,
+            kv_dtype: KvDtype::Auto,
             kv_memory: KvMemory::default(),
             kv_blocks: None,
             share_weights: true,
@@ -157,7 +158,8 @@ pub fn load(
         options,
         progress,
     )?;
-    let block_bytes = kv_block_bytes(&model.spec);
+    let kv_format = options.kv_dtype.format(options.quantize);
+    let block_bytes = kv_block_bytes(&model.spec, kv_format);
     let demand = KvDemand {
         block_bytes,
         block_positions: BLOCK,
@@ -184,7 +186,7 @@ pub fn load(
             &checkpoint,
             &model.spec,
             &tokenizer_hash,
-            &Arithmetic::exact(options.quantize),
+            &Arithmetic::exact(options.quantize, kv_format),
             |stored| options.dtype.of(stored),
         ),
         exact: true,
@@ -196,7 +198,7 @@ pub fn load(
         threads: pool.threads(),
     };
     progress(1.0);
-    Ok((CpuRunner::new(model, info, pool), report))
+    Ok((CpuRunner::new(model, info, kv_format, pool), report))
 }
 
 /// What is known of the weights once they are packed.
@@ -246,11 +248,12 @@ pub fn load_model(
 
 /// Bytes of a block in all layers.
 #[must_use]
-pub fn kv_block_bytes(spec: &ModelSpec) -> usize {
+pub fn kv_block_bytes(spec: &ModelSpec, format: KvFormat) -> usize {
     let layers = spec.layers.iter().map(|layer| &layer.attention);
     layers
         .map(|attention| {
-            KvBlocks::position_bytes(attention.kv_heads, attention.head_dim).saturating_mul(BLOCK)
+            KvBlocks::position_bytes(format, attention.kv_heads, attention.head_dim)
+                .saturating_mul(BLOCK)
         })
         .fold(0, usize::saturating_add)
 }

@@ -3,7 +3,7 @@
 use std::str::FromStr;
 
 use understudy_checkpoint::StoredType;
-use understudy_kernels::linear::WeightFormat;
+use understudy_kernels::{KvFormat, WeightFormat};
 
 /// In which width weights are kept.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -48,6 +48,44 @@ pub struct UnknownChoice {
     pub what: &'static str,
     pub found: String,
     pub allowed: &'static str,
+}
+
+/// In which width keys and values are kept.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum KvDtype {
+    /// f16 with quantized weights, whose rounding is coarser than that, else f32.
+    #[default]
+    Auto,
+    F32,
+    F16,
+}
+
+impl KvDtype {
+    /// The kernels' format for weights that are quantized so.
+    #[must_use]
+    pub fn format(self, quantize: Quantize) -> KvFormat {
+        match (self, quantize) {
+            (Self::F32, _) | (Self::Auto, Quantize::None) => KvFormat::F32,
+            (Self::F16 | Self::Auto, _) => KvFormat::F16,
+        }
+    }
+}
+
+impl FromStr for KvDtype {
+    type Err = UnknownChoice;
+
+    fn from_str(text: &str) -> Result<Self, UnknownChoice> {
+        match text {
+            "auto" => Ok(Self::Auto),
+            "f32" => Ok(Self::F32),
+            "f16" => Ok(Self::F16),
+            _ => Err(UnknownChoice {
+                what: "KV dtype",
+                found: text.to_owned(),
+                allowed: "auto, f32, f16",
+            }),
+        }
+    }
 }
 
 impl FromStr for DtypeChoice {

@@ -9,10 +9,7 @@ use understudy_engine_core::breakdown::{Breakdown, Measured};
 use understudy_engine_core::runner::{
     BlockId, Chunk, ModelInfo, ModelRunner, StepError, Ticks, panic_text,
 };
-use understudy_kernels as ops;
-use understudy_kernels::KvBlocks;
-use understudy_kernels::RowPlace;
-use understudy_kernels::{BLOCK, Pool};
+use understudy_kernels::{self as ops, BLOCK, KvBlocks, KvFormat, Pool, RowPlace};
 
 use crate::breakdown::{Part, Stopwatch};
 use crate::forward::{Arena, StepRows, forward};
@@ -52,10 +49,10 @@ fn recycled<'a>(mut places: Vec<RowPlace<'_>>) -> Vec<RowPlace<'a>> {
 impl CpuRunner {
     /// Puts the parts together, with `info.kv_blocks` blocks.
     #[must_use]
-    pub fn new(model: Model, info: ModelInfo, pool: Pool) -> Self {
+    pub fn new(model: Model, info: ModelInfo, kv_format: KvFormat, pool: Pool) -> Self {
         let attention = model.layers.iter().map(|layer| &layer.attention.spec);
         let kv = attention
-            .map(|spec| KvBlocks::new(info.kv_blocks, spec.kv_heads, spec.head_dim))
+            .map(|spec| KvBlocks::of(kv_format, info.kv_blocks, spec.kv_heads, spec.head_dim))
             .collect();
         Self {
             model,

@@ -22,7 +22,7 @@ use crate::gpu;
 use crate::layers::Purpose;
 use crate::libtorch::{self, WrongLibTorch};
 use crate::model::Model;
-use crate::options::{DtypeChoice, KvMemory, Numerics, Quantize, UnknownChoice};
+use crate::options::{DtypeChoice, KvDtype, KvMemory, Numerics, Quantize, UnknownChoice};
 use crate::runner::{BlockCache, TorchEncoder, TorchRunner};
 use memory::{KvDemand, available_bytes};
 use understudy_cpu::fingerprint::{Arithmetic, fingerprint};
@@ -42,6 +42,8 @@ pub struct LoadOptions {
     pub max_sequences: usize,
     /// Positions per sequence; `None` takes the model's own limit.
     pub context_length: Option<usize>,
+    /// Of exact numerics only.
+    pub kv_dtype: KvDtype,
     pub kv_memory: KvMemory,
     /// A number of blocks instead of `kv_memory`.
     pub kv_blocks: Option<usize>,
@@ -59,6 +61,7 @@ impl Default for LoadOptions {
             threads: 0,
             max_sequences: 16,
             context_length: None,
+            kv_dtype: KvDtype::Auto,
             kv_memory: KvMemory::default(),
             kv_blocks: None,
             share_weights: true,
@@ -76,6 +79,7 @@ impl LoadOptions {
             threads: self.threads,
             max_sequences: self.max_sequences,
             context_length: self.context_length,
+            kv_dtype: self.kv_dtype,
             kv_memory: self.kv_memory,
             kv_blocks: self.kv_blocks,
             share_weights: self.share_weights,

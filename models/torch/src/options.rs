@@ -2,7 +2,7 @@
 
 use std::str::FromStr;
 
-pub use understudy_cpu::options::{DtypeChoice, KvMemory, Quantize, UnknownChoice};
+pub use understudy_cpu::options::{DtypeChoice, KvDtype, KvMemory, Quantize, UnknownChoice};
 
 /// Whose arithmetic a model runs on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]

@@ -77,8 +77,8 @@ impl FakeArgs {
         let Some(option) = name.strip_prefix("--") else {
             return Ok(false);
         };
-        if option == "numerics" {
-            // A hash is the same in every mode.
+        if ["numerics", "quantization", "kv-memory", "kv-dtype"].contains(&option) {
+            // A hash is the same in every mode, and takes no memory to speak of.
             values.text()?;
             return Ok(true);
         }

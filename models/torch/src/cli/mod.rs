@@ -11,7 +11,7 @@ use understudy_engine_core::breakdown::Measured;
 use understudy_engine_core::server::ExitStatus;
 use understudy_torch::device::DeviceChoice;
 use understudy_torch::load::{LoadOptions, ModelError, load};
-use understudy_torch::options::{DtypeChoice, KvMemory, Numerics, Quantize};
+use understudy_torch::options::{DtypeChoice, KvDtype, KvMemory, Numerics, Quantize};
 
 /// Why a subcommand failed, and the exit code for it.
 pub struct Failure {
@@ -60,6 +60,9 @@ pub struct ModelArgs {
     /// Quantize the weights at load: none, int8, int4 (exact numerics only)
     #[arg(long = "quantization", default_value = "none")]
     pub quantize: Quantize,
+    /// Width of keys and values: auto (f16 with quantized weights, else f32), f32, f16 (exact numerics only)
+    #[arg(long, default_value = "auto")]
+    pub kv_dtype: KvDtype,
     /// Memory for keys and values: a fraction of what is free once the weights are loaded (0.5), or an amount (2GiB)
     #[arg(long, default_value = "0.5")]
     pub kv_memory: KvMemory,
@@ -76,6 +79,7 @@ impl ModelArgs {
             max_sequences,
             context_length: self.context_length,
             quantize: self.quantize,
+            kv_dtype: self.kv_dtype,
             kv_memory: self.kv_memory,
             kv_blocks: None,
             share_weights: true,

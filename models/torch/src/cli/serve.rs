@@ -7,13 +7,14 @@ use understudy_engine_core::args::{ArgsError, EngineArgs};
 use understudy_engine_core::runner::ModelRunner;
 use understudy_engine_core::server::{ExitStatus, ServeOptions, inherited_socket};
 use understudy_torch::load::{LoadOptions, load};
-use understudy_torch::options::{KvMemory, Numerics, Quantize, UnknownChoice};
+use understudy_torch::options::{KvDtype, KvMemory, Numerics, Quantize, UnknownChoice};
 
 /// Left to [`EngineArgs`], which the fake engine shares.
 #[derive(Debug, clap::Args)]
 pub struct ServeArgs {
     /// --model DIR --fd N [--dtype f32|bf16|f16|auto] [--device auto|cpu|cuda:N] [--threads N] [--max-sequences N] [--context-length N]
-    /// [--kv-blocks N] [--max-waiting N] [--step-tokens N] [--numerics exact|fast] [--quantization none|int8|int4] [--kv-memory 0.5|2GiB]
+    /// [--kv-blocks N] [--max-waiting N] [--step-tokens N] [--numerics exact|fast] [--quantization none|int8|int4] [--kv-dtype auto|f32|f16]
+    /// [--kv-memory 0.5|2GiB]
     #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
     arguments: Vec<OsString>,
 }
@@ -30,12 +31,13 @@ pub fn serve(args: ServeArgs) -> ! {
 
 fn start(args: ServeArgs) -> Result<ExitStatus, String> {
     let (mut numerics, mut quantize) = (Numerics::default(), Quantize::default());
-    let mut kv_memory = KvMemory::default();
+    let (mut kv_dtype, mut kv_memory) = (KvDtype::default(), KvMemory::default());
     let arguments = std::iter::once(OsString::from("serve")).chain(args.arguments);
     let args = EngineArgs::parse(arguments, |name, values| {
         match name {
             "--numerics" => numerics = chosen(&values.text()?)?,
             "--quantization" => quantize = chosen(&values.text()?)?,
+            "--kv-dtype" => kv_dtype = chosen(&values.text()?)?,
             "--kv-memory" => kv_memory = chosen(&values.text()?)?,
             _ => return Ok(false),
         }
@@ -56,6 +58,7 @@ fn start(args: ServeArgs) -> Result<ExitStatus, String> {
         max_sequences: args.max_sequences,
         context_length: args.context_length,
         quantize,
+        kv_dtype,
         kv_memory,
         kv_blocks: args.kv_blocks,
         share_weights: true,
