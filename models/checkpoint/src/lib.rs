@@ -18,4 +18,4 @@ pub use error::ConfigError;
 pub use reader::{Checkpoint, CheckpointError, LinearReader, StoredTensor, StoredType};
 pub use spec::ModelSpec;
 pub use tensor_error::TensorError;
-pub use unused::check_all_used;
+pub use unused::{check_all_used, check_tensors};

@@ -5,6 +5,7 @@
 
 use std::collections::BTreeSet;
 
+use crate::reader::Checkpoint;
 use crate::spec::{ModelSpec, OutputSpec};
 use crate::tensor_error::TensorError;
 
@@ -27,6 +28,22 @@ pub fn check_all_used<'a>(
             reason: explanation(name, spec),
         }),
     }
+}
+
+/// That the checkpoint holds every tensor of the description in its shape, and none that means something besides: before anything is
+/// computed from a size.
+///
+/// # Errors
+/// [`TensorError`], naming the tensor.
+pub fn check_tensors(checkpoint: &Checkpoint, spec: &ModelSpec) -> Result<(), TensorError> {
+    for (name, shape) in &spec.tensors() {
+        let shape: Vec<i64> = shape
+            .iter()
+            .map(|size| i64::try_from(*size).unwrap_or(i64::MAX))
+            .collect();
+        checkpoint.tensor(name, &shape)?;
+    }
+    check_all_used(checkpoint.names(), spec)
 }
 
 /// What checkpoints carry along and every loader drops: numbers that follow from the configuration, masks, a copy of the embedding where it

@@ -2,8 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
+use understudy_checkpoint::check_tensors;
 use understudy_checkpoint::spec::ModelSpec;
-use understudy_checkpoint::unused::check_all_used;
 use understudy_checkpoint::{
     Checkpoint, CheckpointError, ConfigError, StoredType, TensorError, families,
 };
@@ -138,6 +138,8 @@ pub fn load(
     progress: &mut dyn FnMut(f32),
 ) -> Result<(CpuRunner, LoadReport), LoadError> {
     let checkpoint = Checkpoint::open(directory)?;
+    let most = read_spec(directory, &checkpoint, None)?.context_length;
+    let context_length = context_length(most, options)?;
     let spec = read_spec(directory, &checkpoint, options.context_length)?;
     let described = ModelDir::open(directory)?;
     if !spec.generates() {
@@ -148,18 +150,9 @@ pub fn load(
     if options.max_sequences == 0 {
         return Err(LoadError::NoSequences);
     }
-    let context_length = context_length(&spec, options)?;
     let tokenizer_hash = tokenizer_hash(&described, &spec)?;
-    let (model, pool, weights) = load_model(
-        directory,
-        &checkpoint,
-        spec,
-        context_length,
-        options,
-        progress,
-    )?;
     let kv_format = options.kv_dtype.format(options.quantize);
-    let block_bytes = kv_block_bytes(&model.spec, kv_format);
+    let block_bytes = kv_block_bytes(&spec, kv_format);
     let demand = KvDemand {
         block_bytes,
         block_positions: BLOCK,
@@ -170,6 +163,16 @@ pub fn load(
         Some(blocks) => KvMemory::Bytes((blocks as u64).saturating_mul(block_bytes as u64)),
         None => options.kv_memory,
     };
+    // Once before anything is allocated: what could not fit now will not fit later.
+    demand.blocks(budget, available_bytes())?;
+    let (model, pool, weights) = load_model(
+        directory,
+        &checkpoint,
+        spec,
+        context_length,
+        options,
+        progress,
+    )?;
     let kv_blocks = demand.blocks(budget, available_bytes())?;
     let info = ModelInfo {
         architecture: described.architecture,
@@ -224,7 +227,7 @@ pub fn load_model(
         directory: directory.to_owned(),
         source,
     };
-    check_all_used(checkpoint.names(), &spec).map_err(wrong)?;
+    check_tensors(checkpoint, &spec).map_err(wrong)?;
     let layout = Layout::of(&spec, checkpoint, options.dtype, options.quantize).map_err(wrong)?;
     let pool = Pool::new(threads(options, layout.bytes()));
     let segments = segment::directory().filter(|_| options.share_weights);
@@ -258,8 +261,7 @@ pub fn kv_block_bytes(spec: &ModelSpec, format: KvFormat) -> usize {
         .fold(0, usize::saturating_add)
 }
 
-fn context_length(spec: &ModelSpec, options: &LoadOptions) -> Result<usize, LoadError> {
-    let most = spec.context_length;
+fn context_length(most: usize, options: &LoadOptions) -> Result<usize, LoadError> {
     match options.context_length {
         None => Ok(most),
         Some(length) if (1..=most).contains(&length) => Ok(length),

@@ -99,6 +99,8 @@ struct Config {
     model_type: Option<String>,
     #[serde(default)]
     architectures: Option<Vec<String>>,
+    /// GPT-2's name for it is the other one.
+    #[serde(alias = "n_positions")]
     max_position_embeddings: Option<usize>,
     vocab_size: Option<usize>,
     eos_token_id: Option<TokenIds>,

@@ -8,8 +8,8 @@ use std::path::{Path, PathBuf};
 use tch::{Device, Kind, Tensor};
 use understudy_checkpoint::spec::{LayerSpec, ModelSpec};
 use understudy_checkpoint::{
-    Checkpoint, CheckpointError, ConfigError, StoredTensor, StoredType, TensorError,
-    check_all_used, families,
+    Checkpoint, CheckpointError, ConfigError, StoredTensor, StoredType, TensorError, check_tensors,
+    families,
 };
 use understudy_engine_core::breakdown::Measured;
 use understudy_engine_core::model_dir::{ModelDir, ModelDirError};
@@ -339,18 +339,8 @@ impl Source {
             dtype: options.dtype,
             device: options.device.resolve()?,
         };
-        source.check().map_err(|error| source.weights(error))?;
+        check_tensors(&source.checkpoint, &source.spec).map_err(|error| source.weights(error))?;
         Ok(source)
-    }
-
-    /// That every tensor is there and none is left over, before anything is computed from a size.
-    fn check(&self) -> Result<(), TensorError> {
-        let tensors = self.spec.tensors();
-        for (name, shape) in &tensors {
-            let shape: Vec<i64> = shape.iter().map(|size| *size as i64).collect();
-            self.checkpoint.tensor(name, &shape)?;
-        }
-        check_all_used(self.checkpoint.names(), &self.spec)
     }
 
     fn weights(&self, source: TensorError) -> ModelError {
