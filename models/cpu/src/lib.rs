@@ -13,6 +13,7 @@ pub mod encoder;
 pub mod fingerprint;
 mod forward;
 pub mod load;
+mod mapping;
 pub mod memory;
 mod model;
 pub mod options;

@@ -7,8 +7,8 @@
 //!  +--------+----------+---------+--------------+-------------+-----------------+------------+-------------+---------+
 //! ```
 //!
-//! The file lies in `/dev/shm`: pages of a disk's cache cannot be huge, and reading weights through small pages costs a quarter of the
-//! memory's bandwidth. It is written under another name and renamed when it is whole, so a file of this name is a whole one; its checksum
+//! The file lies in `/dev/shm`: pages of a disk's cache cannot be huge ([`crate::mapping`]), and reading weights through small pages costs a
+//! quarter of the memory's bandwidth. It is written under another name and renamed when it is whole, so a file of this name is a whole one; its checksum
 //! is compared all the same. Users hold a shared lock on it, which is how [`sweep`] knows what nobody uses.
 //!
 //! Invariant: without shared memory (none there, or too small) a private copy is made: the same bits, but not shared.
@@ -22,11 +22,11 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use memmap2::{Advice, Mmap, MmapMut, MmapOptions};
 use understudy_kernels::Pool;
 use understudy_kernels::buffer::{Buffer, SharedMemory};
 
 use crate::checksum::checksum;
+use crate::mapping::Mapping;
 
 const MAGIC: &[u8; 8] = b"USPKWGT\0";
 /// Raised whenever the layout of a packed image changes.
@@ -175,7 +175,7 @@ fn try_lock(file: &File, kind: i32) -> bool {
 
 /// A mapping, and the file whose lock says that it is in use.
 struct Mapped {
-    map: Mmap,
+    map: Mapping,
     _in_use: File,
 }
 
@@ -202,8 +202,8 @@ fn open(path: &Path, key: &Key, bytes: usize, pool: &Pool) -> io::Result<Segment
         return Err(invalid());
     }
     // SAFETY: files of this directory are ours, and never change once they have this name.
-    let map = unsafe { MmapOptions::new().map(&file)? };
-    let _ = map.advise(Advice::HugePage);
+    let map = unsafe { Mapping::of(&file, HEADER_BYTES + bytes, false)? };
+    map.collapse();
     let header = Header::read(&map);
     if header.key != *key
         || header.payload != bytes as u64
@@ -254,7 +254,7 @@ impl Header {
 
 /// A segment in the making; its file goes away unless it gets its name.
 struct Image {
-    map: MmapMut,
+    map: Mapping,
     file: File,
     temporary: PathBuf,
     named: bool,
@@ -276,23 +276,20 @@ impl Image {
             .create_new(true)
             .mode(0o600)
             .open(&temporary)?;
-        let image = |map| Self {
-            map,
-            file,
-            temporary: temporary.clone(),
-            named: false,
-        };
-        let made = (|| {
-            let file = OpenOptions::new().read(true).write(true).open(&temporary)?;
-            file.set_len(whole as u64)?;
+        let made = file.set_len(whole as u64).and_then(|()| {
             // SAFETY: nobody else knows the file yet.
-            let map = unsafe { MmapOptions::new().map_mut(&file)? };
-            let _ = map.advise(Advice::HugePage);
-            map.advise(Advice::PopulateWrite)?;
-            Ok::<_, io::Error>(map)
-        })();
+            let map = unsafe { Mapping::of(&file, whole, true)? };
+            map.populate()?;
+            map.collapse();
+            Ok(map)
+        });
         match made {
-            Ok(map) => Ok(image(map)),
+            Ok(map) => Ok(Self {
+                map,
+                file,
+                temporary,
+                named: false,
+            }),
             Err(error) => {
                 let _ = std::fs::remove_file(&temporary);
                 Err(error)
