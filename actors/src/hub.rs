@@ -110,14 +110,16 @@ fn is_alive(actor: &ActorRef<RequestMsg>) -> bool {
     )
 }
 
-/// One message per request and step. An engine sends at most one token per attempt and step, so runs are short.
+/// One message per request and step: an attempt's tokens of one step, several if it speculates, stand together.
 fn hand_out(requests: &HashMap<RequestId, ActorRef<RequestMsg>>, tokens: Vec<StepToken>) {
     let mut fenced = 0;
-    for token in tokens {
+    for run in tokens.chunk_by(|a, b| a.attempt.request == b.attempt.request) {
         let delivered = requests
-            .get(&RequestId(token.attempt.request))
-            .is_some_and(|actor| actor.cast(RequestMsg::Tokens(vec![token])).is_ok());
-        fenced += u64::from(!delivered);
+            .get(&RequestId(run[0].attempt.request))
+            .is_some_and(|actor| actor.cast(RequestMsg::Tokens(run.to_vec())).is_ok());
+        if !delivered {
+            fenced += run.len() as u64;
+        }
     }
     if fenced > 0 {
         record::fenced_messages(record::FenceSource::Hub, fenced);

@@ -19,6 +19,9 @@ use crate::worker::{Worker, WorkerArgs, WorkerLimits, WorkerMsg};
 /// Errors are shown to people in a table: this much of one is enough, the log has the rest.
 const MAX_SHOWN_ERROR_CHARS: usize = 300;
 
+/// Positions of a KV block of an engine.
+const KV_BLOCK_TOKENS: u64 = understudy_engine_core::runner::BLOCK as u64;
+
 /// How long a worker may take to stop. Its engine is killed in any case when its process group is.
 const STOP_DEADLINE: Duration = Duration::from_secs(2);
 
@@ -203,8 +206,9 @@ impl ReplicaSupervisorState {
             WorkerNews::Ready(info) => {
                 self.policy.running(Instant::now());
                 self.state = ReplicaState::Ready;
-                let capacity = u32::try_from(info.kv_capacity_tokens).unwrap_or(u32::MAX);
-                self.metrics.cache_config(1, capacity);
+                let blocks = info.kv_capacity_tokens / KV_BLOCK_TOKENS;
+                let blocks = u32::try_from(blocks).unwrap_or(u32::MAX);
+                self.metrics.cache_config(KV_BLOCK_TOKENS as u32, blocks);
                 self.info = Some(info);
                 self.publish();
             }
@@ -262,6 +266,15 @@ impl ReplicaSupervisorState {
         let usage = health.kv_used_tokens as f64 / capacity as f64;
         self.metrics
             .load(health.running as usize, health.waiting as usize, usage);
+        // Totals of this engine; they begin at 0 with the next one.
+        let since = |now: u64, before: u64| now.saturating_sub(before);
+        let hits = since(health.prefix_hit_tokens, self.health.prefix_hit_tokens);
+        let computed = since(health.prompt_tokens, self.health.prompt_tokens);
+        self.metrics.kv_cache(
+            hits + computed,
+            hits,
+            since(health.preemptions, self.health.preemptions),
+        );
         self.health = health;
         self.publish_later();
     }

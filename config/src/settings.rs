@@ -119,6 +119,8 @@ settings! {
         Local default_deadline_ms: u64 = whole(1..=DAY_MS), preset(600_000);
         /// Longest deadline that a request may set.
         Local max_deadline_ms: u64 = whole(1..=DAY_MS), preset(3_600_000);
+        /// Highest `priority` that a request may ask for: whoever may raise theirs can hold up all others.
+        Local max_priority: u32 = whole(0..=1000), preset(0);
         /// Output tokens of a request that sets no limit.
         Local default_max_tokens: u32 = whole(1..=16_777_216), preset(256);
         /// A request whose client is gone goes on for this long, waiting for the client to resume; then it is cancelled.

@@ -55,7 +55,10 @@ pub(super) fn check_ids(sampling: &Sampling, model: &TextModel) -> Result<(), Er
             .map_err(|error| invalid(format!("{name}: {error}")))
     };
     known("stop_token_ids", ids)?;
-    known("allowed_token_ids", &sampling.allowed_token_ids)?;
+    known(
+        "allowed_token_ids",
+        sampling.allowed_token_ids.as_deref().unwrap_or_default(),
+    )?;
     let biased: Vec<u32> = sampling.logit_bias.iter().map(|(id, _)| *id).collect();
     known("logit_bias", &biased)
 }
@@ -113,11 +116,20 @@ fn check_choice(sampling: &Sampling) -> Result<(), ErrorBody> {
         sampling.logit_bias.len(),
         MAX_LOGIT_BIAS,
     )?;
-    at_most(
-        "allowed_token_ids",
-        sampling.allowed_token_ids.len(),
-        MAX_ALLOWED_TOKEN_IDS,
-    )?;
+    if let Some(allowed) = &sampling.allowed_token_ids {
+        at_most("allowed_token_ids", allowed.len(), MAX_ALLOWED_TOKEN_IDS)?;
+        if allowed.is_empty() {
+            return Err(invalid(
+                "allowed_token_ids is empty, so that no token could be chosen; leave it out to allow all",
+            ));
+        }
+        if let Some(id) = repeated(allowed.iter().copied()) {
+            return Err(invalid(format!("allowed_token_ids names token {id} twice")));
+        }
+    }
+    if let Some(id) = repeated(sampling.logit_bias.iter().map(|(id, _)| *id)) {
+        return Err(invalid(format!("logit_bias names token {id} twice")));
+    }
     at_most(
         "tokens to speculate",
         sampling.speculate as usize,
@@ -130,6 +142,22 @@ fn check_choice(sampling: &Sampling) -> Result<(), ErrorBody> {
             -100.0,
             100.0,
         )?;
+    }
+    Ok(())
+}
+
+/// The first id that occurs again.
+fn repeated(mut ids: impl Iterator<Item = u32>) -> Option<u32> {
+    let mut seen = std::collections::HashSet::new();
+    ids.find(|id| !seen.insert(*id))
+}
+
+/// Whoever may go before others can hold them up for ever.
+pub(super) fn check_priority(priority: i32, most: u32) -> Result<(), ErrorBody> {
+    if i64::from(priority) > i64::from(most) {
+        return Err(invalid(format!(
+            "priority is {priority}, and must be at most {most} (max_priority of the gateway)"
+        )));
     }
     Ok(())
 }

@@ -15,7 +15,7 @@ use understudy_journal::Admission;
 use understudy_protocol::message::{Input, Sampling, Submit};
 use understudy_protocol::{ErrorBody, ErrorCode, RequestId};
 
-use self::checks::{check_ids, check_sampling, check_size, text_bytes};
+use self::checks::{check_ids, check_priority, check_sampling, check_size, text_bytes};
 use crate::request::text::TextFold;
 
 mod checks;
@@ -42,6 +42,7 @@ pub struct Defaults {
     pub deadline_ms: u64,
     pub max_deadline_ms: u64,
     pub max_tokens: u32,
+    pub max_priority: u32,
 }
 
 /// The models of the cluster, as admission needs them.
@@ -119,6 +120,7 @@ impl Admissions {
             .map_err(|error| invalid(error.to_string()))?;
         let room = u32::try_from(context - prompt.len()).unwrap_or(u32::MAX);
         let sampling = self.resolve(submit.sampling, model, room)?;
+        check_priority(submit.priority, self.defaults.max_priority)?;
         let wanted = submit.deadline_ms.unwrap_or(self.defaults.deadline_ms);
         let admission = Admission {
             request: RequestId(random()?),

@@ -12,6 +12,7 @@ fn admissions() -> Admissions {
     let defaults = Defaults {
         deadline_ms: 1000,
         max_deadline_ms: 1000,
+        max_priority: 0,
         max_tokens: 16,
     };
     Admissions::load(&[settings], defaults).expect("the demo model")

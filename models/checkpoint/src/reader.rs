@@ -166,7 +166,7 @@ impl Checkpoint {
         let file = File::open(&path).map_err(io)?;
         let metadata = file.metadata().map_err(io)?;
         let stamp = format!(
-            "{}|{}|{}|{}|{}.{:09}\n",
+            "{}|{}|{}|{}|{}.{:09}|{}.{:09}\n",
             path.canonicalize()
                 .unwrap_or_else(|_| path.clone())
                 .display(),
@@ -174,7 +174,10 @@ impl Checkpoint {
             metadata.ino(),
             metadata.len(),
             metadata.mtime(),
-            metadata.mtime_nsec()
+            metadata.mtime_nsec(),
+            // A copy may bring its time of writing along; this one nobody can set.
+            metadata.ctime(),
+            metadata.ctime_nsec()
         );
         self.stamps.extend_from_slice(stamp.as_bytes());
         // SAFETY: the mapping is read-only. A file that someone shortens while it is mapped can kill this process (SIGBUS), which its owner

@@ -100,6 +100,14 @@ pub enum LoadError {
         budget_bytes: u64,
         available_bytes: u64,
     },
+    #[error(
+        "the KV cache would take {} MiB, and {} MiB are available; lower kv_memory, max_sequences or context_length",
+        .taken_bytes >> 20, .available_bytes >> 20
+    )]
+    KvBudget {
+        taken_bytes: u64,
+        available_bytes: u64,
+    },
 }
 
 /// What loading found, for logs.
@@ -231,14 +239,15 @@ pub fn load_model(
     let layout = Layout::of(&spec, checkpoint, options.dtype, options.quantize).map_err(wrong)?;
     let pool = Pool::new(threads(options, layout.bytes()));
     let segments = segment::directory().filter(|_| options.share_weights);
-    if let Some(segments) = &segments {
-        segment::sweep(segments, segment::IDLE);
-    }
     let packed = layout
         .load(checkpoint, segments.as_deref(), &pool, &mut |part| {
             progress(0.05 + 0.9 * part)
         })
         .map_err(wrong)?;
+    // Behind the load: our own, however long ago it was mapped last, is in use now.
+    if let Some(segments) = &segments {
+        segment::sweep(segments, segment::IDLE);
+    }
     let weights = LoadedWeights {
         value_hash: packed.value_hash,
         origin: packed.origin,

@@ -28,8 +28,7 @@ impl KvDemand {
         };
         let context = self.blocks_per_context();
         let fit = bytes / self.block_bytes.max(1) as u64;
-        let too_large = matches!(budget, KvMemory::Bytes(bytes) if bytes > available_bytes);
-        if fit < context || too_large {
+        if fit < context {
             return Err(LoadError::KvMemory {
                 needed_bytes: context.saturating_mul(self.block_bytes as u64),
                 context_length: self.context_length,
@@ -37,8 +36,17 @@ impl KvDemand {
                 available_bytes,
             });
         }
-        let useful = context.saturating_mul(self.max_sequences as u64 + 1);
-        Ok(usize::try_from(fit.min(useful)).unwrap_or(usize::MAX))
+        let useful = context.saturating_mul((self.max_sequences as u64).saturating_add(1));
+        // Block numbers have 32 bits.
+        let blocks = fit.min(useful).min(u64::from(u32::MAX));
+        let taken_bytes = blocks.saturating_mul(self.block_bytes as u64);
+        if taken_bytes > available_bytes {
+            return Err(LoadError::KvBudget {
+                taken_bytes,
+                available_bytes,
+            });
+        }
+        Ok(blocks as usize)
     }
 }
 
@@ -67,6 +75,15 @@ fn total_bytes() -> u64 {
     unsafe { libc::sysconf(libc::_SC_PHYS_PAGES) as u64 * libc::sysconf(libc::_SC_PAGESIZE) as u64 }
 }
 
+/// What a group's `memory.stat` counts as its memory and the kernel gives back on demand: pages of files, such as those of a checkpoint
+/// that was just read.
+fn page_cache_bytes(stat: &str) -> u64 {
+    let value = |line: &str, key| line.strip_prefix(key)?.trim().parse::<u64>().ok();
+    stat.lines()
+        .filter_map(|line| value(line, "inactive_file ").or_else(|| value(line, "active_file ")))
+        .fold(0, u64::saturating_add)
+}
+
 /// Of the tightest limit between this process's control group and the root.
 fn cgroup_available() -> Option<u64> {
     let groups = std::fs::read_to_string("/proc/self/cgroup").ok()?;
@@ -79,7 +96,9 @@ fn cgroup_available() -> Option<u64> {
         .filter_map(|group| {
             let group = std::path::Path::new("/sys/fs/cgroup").join(group.strip_prefix("/").ok()?);
             let limit = number(group.join("memory.max"))?;
-            Some(limit.saturating_sub(number(group.join("memory.current"))?))
+            let current = number(group.join("memory.current"))?;
+            let stat = std::fs::read_to_string(group.join("memory.stat")).unwrap_or_default();
+            Some(limit.saturating_sub(current.saturating_sub(page_cache_bytes(&stat))))
         })
         .min()
 }
@@ -103,15 +122,35 @@ mod tests {
     }
 
     #[test]
-    fn less_than_one_context_or_more_than_there_is_is_refused_with_numbers() {
+    fn less_than_one_context_is_refused_with_the_numbers_and_what_helps() {
         for (budget, available) in [
             (KvMemory::Bytes(6_999), 20_000),
             (KvMemory::Fraction(0.3), 20_000),
-            (KvMemory::Bytes(30_000), 20_000),
         ] {
             let error = DEMAND.blocks(budget, available).unwrap_err().to_string();
-            assert!(error.contains("100"), "{error}");
+            assert!(
+                error.contains("100 positions") && error.contains("raise kv_memory"),
+                "{error}"
+            );
         }
+    }
+
+    #[test]
+    fn a_budget_above_what_is_there_counts_as_far_as_it_is_used() {
+        assert_eq!(DEMAND.blocks(KvMemory::Bytes(1 << 40), 36_000).unwrap(), 35);
+        let error = DEMAND
+            .blocks(KvMemory::Bytes(1 << 40), 34_000)
+            .unwrap_err()
+            .to_string();
+        assert!(error.contains("lower kv_memory"), "{error}");
+    }
+
+    #[test]
+    fn pages_of_files_count_as_available() {
+        let stat =
+            "anon 7\nfile 9\ninactive_anon 1\nactive_anon 2\ninactive_file 300\nactive_file 40\n";
+        assert_eq!(page_cache_bytes(stat), 340);
+        assert_eq!(page_cache_bytes(""), 0);
     }
 
     #[test]

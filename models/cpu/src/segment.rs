@@ -20,7 +20,7 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use understudy_kernels::Pool;
 use understudy_kernels::buffer::{Buffer, SharedMemory};
@@ -35,6 +35,11 @@ const VERSION: u32 = 1;
 const HEADER_BYTES: usize = 4096;
 /// A segment that nobody has used for so long is not waited for by an engine that is being restarted.
 pub const IDLE: Duration = Duration::from_secs(600);
+/// How long an engine waits for another one that packs the same weights, before it packs a copy of its own.
+const MAKER_PATIENCE: Duration = Duration::from_secs(120);
+const MAKER_POLL: Duration = Duration::from_millis(20);
+/// Ending of the files that makers lock. They are empty, and stay.
+const LOCK: &str = "lock";
 /// Share of the free shared memory that a new segment may take.
 const MOST_OF_FREE: f64 = 0.9;
 
@@ -114,6 +119,9 @@ pub fn sweep(directory: &Path, idle: Duration) -> u64 {
     let mut freed = 0;
     for entry in std::fs::read_dir(directory).into_iter().flatten().flatten() {
         let path = entry.path();
+        if path.extension().is_some_and(|ending| ending == LOCK) {
+            continue;
+        }
         let Ok(file) = File::open(&path) else {
             continue;
         };
@@ -152,19 +160,30 @@ fn prepare(directory: &Path) -> io::Result<()> {
     Ok(())
 }
 
-/// Two engines that start together pack once: the second waits, and finds the first one's file.
+/// Two engines that start together pack once: the second waits, and finds the first one's file. It does not wait for ever: a maker that is
+/// stopped, or whose file system hangs, must not keep all others from starting.
 fn lock_for_making(directory: &Path, key: &Key) -> io::Result<File> {
-    let path = directory.join(format!("{}.lock", file_name(key)));
-    let file = OpenOptions::new()
-        .write(true)
-        .create(true)
-        .truncate(false)
-        .mode(0o600)
-        .open(path)?;
-    // SAFETY: the descriptor is open. A maker that dies drops its lock.
-    match unsafe { libc::flock(file.as_raw_fd(), libc::LOCK_EX) } {
-        0 => Ok(file),
-        _ => Err(io::Error::last_os_error()),
+    let path = directory.join(format!("{}.{LOCK}", file_name(key)));
+    let deadline = Instant::now() + MAKER_PATIENCE;
+    loop {
+        let file = OpenOptions::new()
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .mode(0o600)
+            .open(&path)?;
+        // A maker that dies drops its lock. There is no wait for it with a deadline, so it is asked for.
+        if try_lock(&file, libc::LOCK_EX) {
+            // Removed meanwhile, it is another file than the next one's.
+            if file.metadata()?.nlink() > 0 {
+                return Ok(file);
+            }
+            continue;
+        }
+        if Instant::now() >= deadline {
+            return Err(io::Error::from(io::ErrorKind::TimedOut));
+        }
+        std::thread::sleep(MAKER_POLL);
     }
 }
 
@@ -255,7 +274,8 @@ impl Header {
 /// A segment in the making; its file goes away unless it gets its name.
 struct Image {
     map: Mapping,
-    file: File,
+    /// Holds the lock that says that it is in use.
+    _file: File,
     temporary: PathBuf,
     named: bool,
 }
@@ -267,8 +287,7 @@ impl Image {
         if whole as f64 > free_bytes(directory)? as f64 * MOST_OF_FREE {
             return Err(io::Error::from(io::ErrorKind::StorageFull));
         }
-        // Under the maker's lock nobody else writes this name; a leftover is a dead maker's.
-        let temporary = directory.join(format!("{}.new", file_name(key)));
+        let temporary = directory.join(format!("{}.{}.new", file_name(key), std::process::id()));
         let _ = std::fs::remove_file(&temporary);
         let file = OpenOptions::new()
             .read(true)
@@ -276,7 +295,12 @@ impl Image {
             .create_new(true)
             .mode(0o600)
             .open(&temporary)?;
+        // From now on it is in use, however long the packing takes.
+        let locked = try_lock(&file, libc::LOCK_SH);
         let made = file.set_len(whole as u64).and_then(|()| {
+            if !locked {
+                return Err(invalid());
+            }
             // SAFETY: nobody else knows the file yet.
             let map = unsafe { Mapping::of(&file, whole, true)? };
             map.populate()?;
@@ -286,7 +310,7 @@ impl Image {
         match made {
             Ok(map) => Ok(Self {
                 map,
-                file,
+                _file: file,
                 temporary,
                 named: false,
             }),
@@ -315,8 +339,7 @@ impl Image {
         }
         .write(header);
         // Without its name it is a segment of ours alone, and gone with the mapping.
-        let shared =
-            try_lock(&self.file, libc::LOCK_SH) && std::fs::rename(&self.temporary, path).is_ok();
+        let shared = std::fs::rename(&self.temporary, path).is_ok();
         self.named = shared;
         let origin = if shared {
             Origin::Made
@@ -409,6 +432,23 @@ mod tests {
         drop((first, second));
         assert!(sweep(&directory, Duration::ZERO) >= 300_000);
         assert_eq!(get(Some(&directory), 8, &mut packed).origin, Origin::Made);
+        std::fs::remove_dir_all(directory).unwrap();
+    }
+
+    #[test]
+    fn an_idle_one_is_found_again_before_it_is_swept() {
+        let directory = directory("idle");
+        let mut packed = 0;
+        drop(get(Some(&directory), 5, &mut packed));
+        let path = directory.join(file_name(&[7; 32]));
+        let long_ago = std::time::SystemTime::now() - 2 * IDLE;
+        File::open(&path).unwrap().set_modified(long_ago).unwrap();
+        let again = get(Some(&directory), 5, &mut packed);
+        assert_eq!((again.origin, packed), (Origin::Found, 1));
+        assert_eq!(sweep(&directory, IDLE), 0);
+        drop(again);
+        File::open(&path).unwrap().set_modified(long_ago).unwrap();
+        assert!(sweep(&directory, IDLE) > 0);
         std::fs::remove_dir_all(directory).unwrap();
     }
 

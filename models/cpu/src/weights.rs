@@ -17,6 +17,7 @@ use understudy_kernels::buffer::Bytes;
 use understudy_kernels::linear::WeightFormat;
 use understudy_kernels::{PackedLinear, Pool};
 
+use crate::fingerprint::EXACT_NUMERICS;
 use crate::options::{DtypeChoice, Quantize, plain_format};
 use crate::segment::{self, Key, Origin};
 
@@ -114,6 +115,8 @@ impl Layout {
     fn key(&self, checkpoint: &Checkpoint) -> Key {
         let mut hash = Sha256::new();
         hash.update(checkpoint.stamps());
+        // How numbers are rounded is no part of the layout.
+        hash.update(EXACT_NUMERICS);
         for part in &self.parts {
             hash.update(format!(
                 "{}|{:?}|{:?}|{}\n",

@@ -154,10 +154,6 @@ pub enum FinishReason {
 /// Node → engine.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-#[expect(
-    clippy::large_enum_variant,
-    reason = "commands are decoded one at a time; queues hold them boxed"
-)]
 pub enum EngineCommand {
     Start(StartAttempt),
     /// Stops an attempt and frees its blocks; unknown attempts are ignored (they may just have finished).

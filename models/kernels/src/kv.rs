@@ -280,13 +280,7 @@ struct Shape {
 /// The nearest half; an overflow stays finite, since one infinite score would make a whole row NaN.
 fn finite_f16(x: f32) -> u16 {
     const LARGEST: f32 = 65504.0;
-    f32_to_f16(if x > LARGEST {
-        LARGEST
-    } else if x < -LARGEST {
-        -LARGEST
-    } else {
-        x
-    })
+    f32_to_f16(x.clamp(-LARGEST, LARGEST))
 }
 
 impl<T: Element + Send> Memory<T> {

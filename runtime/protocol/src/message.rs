@@ -143,9 +143,9 @@ pub struct Sampling {
     /// Added to the logits of these token ids before anything else. At most 1024, each from -100 to 100.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub logit_bias: Vec<(u32, f32)>,
-    /// Only these token ids may be chosen; empty for all.
-    #[serde(skip_serializing_if = "Vec::is_empty")]
-    pub allowed_token_ids: Vec<u32>,
+    /// Only these token ids may be chosen; at least one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub allowed_token_ids: Option<Vec<u32>>,
     /// Tokens that may be guessed ahead from repetitions in prompt and output and then checked together; 0 is off. Changes the speed only.
     #[serde(skip_serializing_if = "is_zero")]
     pub speculate: u32,

@@ -60,7 +60,7 @@ fn sampling(rng: &mut Rng) -> Sampling {
         logprobs: rng.bool(),
         top_logprobs: small(rng),
         logit_bias: list(rng, 5, |rng| (small(rng), rng.f32() * 9.0 - 4.5)),
-        allowed_token_ids: list(rng, 9, small),
+        allowed_token_ids: maybe(rng, |rng| list(rng, 9, small)),
         speculate: rng.u32(..3),
     }
 }

@@ -233,6 +233,9 @@ pub struct ReplicaMetrics {
     prompt_tokens: Counter,
     generation_tokens: Counter,
     iteration_tokens: Histogram,
+    prefix_queries: Counter,
+    prefix_hits: Counter,
+    preemptions: Counter,
 }
 
 impl ReplicaMetrics {
@@ -245,14 +248,6 @@ impl ReplicaMetrics {
         }
         let (model, engine) = (model.to_owned(), replica.to_string());
         let labels = [(MODEL, model.clone()), (ENGINE, engine.clone())];
-        // Dashboards read these; there is neither a prefix cache nor preemption yet.
-        for name in [
-            names::PREFIX_CACHE_QUERIES,
-            names::PREFIX_CACHE_HITS,
-            names::PREEMPTIONS,
-        ] {
-            counter!(name, &labels).increment(0);
-        }
         let metrics = Self {
             running: gauge!(names::REQUESTS_RUNNING, &labels),
             waiting: gauge!(names::REQUESTS_WAITING, &labels),
@@ -260,10 +255,14 @@ impl ReplicaMetrics {
             prompt_tokens: counter!(names::PROMPT_TOKENS, &labels),
             generation_tokens: counter!(names::GENERATION_TOKENS, &labels),
             iteration_tokens: histogram!(names::ITERATION_TOKENS, &labels),
+            prefix_queries: counter!(names::PREFIX_CACHE_QUERIES, &labels),
+            prefix_hits: counter!(names::PREFIX_CACHE_HITS, &labels),
+            preemptions: counter!(names::PREEMPTIONS, &labels),
             model,
             engine,
         };
         metrics.load(0, 0, 0.0);
+        metrics.kv_cache(0, 0, 0);
         metrics
     }
 
@@ -281,6 +280,14 @@ impl ReplicaMetrics {
             MODEL => self.model.clone(), ENGINE => self.engine.clone(),
             "block_size" => block_size.to_string(), "num_gpu_blocks" => num_blocks.to_string())
         .set(1.0);
+    }
+
+    /// Since the last call: prompt tokens that were looked for in the prefix cache, those that were found there, and sequences that had to
+    /// give up their blocks.
+    pub fn kv_cache(&self, queries: u64, hits: u64, preemptions: u64) {
+        self.prefix_queries.increment(queries);
+        self.prefix_hits.increment(hits);
+        self.preemptions.increment(preemptions);
     }
 
     /// Tokens computed since the last call: of prompts, and of output.

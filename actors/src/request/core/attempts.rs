@@ -262,8 +262,7 @@ fn engine_sampling(sampling: &Sampling) -> SamplingParams {
         ignore_eos: sampling.ignore_eos,
         top_logprobs: sampling.top_logprobs,
         logit_bias: sampling.logit_bias.clone(),
-        allowed_token_ids: (!sampling.allowed_token_ids.is_empty())
-            .then(|| sampling.allowed_token_ids.clone()),
+        allowed_token_ids: sampling.allowed_token_ids.clone(),
         speculate: sampling.speculate,
     }
 }

@@ -185,6 +185,7 @@ fn admissions() -> Admissions {
     let defaults = Defaults {
         deadline_ms: 60_000,
         max_deadline_ms: 60_000,
+        max_priority: 0,
         max_tokens: 100,
     };
     Admissions::load(&[settings], defaults).expect("the demo model")

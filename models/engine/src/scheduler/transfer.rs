@@ -25,7 +25,7 @@ impl Scheduler {
             .lookup(hash)
             .ok_or(KvTransferError::Unknown(hash))?;
         let start = out.len();
-        self.write_frame(runner, block, out)
+        self.write_frame(runner, hash, block, out)
             .inspect_err(|_| out.truncate(start))
     }
 
@@ -48,7 +48,7 @@ impl Scheduler {
                 break;
             };
             let mut frame = Vec::new();
-            self.write_frame(runner, block, &mut frame)?;
+            self.write_frame(runner, parent, block, &mut frame)?;
             frames.push(frame);
         }
         Ok(frames)
@@ -85,12 +85,14 @@ impl Scheduler {
     fn write_frame(
         &self,
         runner: &mut dyn ModelRunner,
+        hash: BlockHash,
         block: BlockId,
         out: &mut Vec<u8>,
     ) -> Result<(), KvTransferError> {
-        let Some(content) = self.blocks.content(block) else {
-            return Ok(());
-        };
+        let content = self
+            .blocks
+            .content(block)
+            .ok_or(KvTransferError::Unknown(hash))?;
         let start = out.len();
         kv_frame::write_header(&self.limits.fingerprint, content, self.block_bytes, out);
         runner.export_block(block, out)?;

@@ -95,7 +95,8 @@ impl SamplingArgs {
             logprobs: false,
             top_logprobs: 0,
             logit_bias: self.logit_bias.clone(),
-            allowed_token_ids: self.allowed_token_ids.clone(),
+            allowed_token_ids: (!self.allowed_token_ids.is_empty())
+                .then(|| self.allowed_token_ids.clone()),
             speculate: self.speculate,
         }
     }

@@ -151,6 +151,7 @@ async fn gateway_parts(
         deadline_ms: settings.default_deadline_ms,
         max_deadline_ms: settings.max_deadline_ms,
         max_tokens: settings.default_max_tokens,
+        max_priority: settings.max_priority,
     };
     let admission = Admissions::load(&config.models, defaults)?;
     let tokens = match &settings.token_file {
