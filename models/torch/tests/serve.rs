@@ -147,7 +147,6 @@ fn start(
 }
 
 #[test]
-#[ignore = "exact numerics are computed by understudy-cpu"]
 fn serves_the_golden_tokens_and_replays_them_bit_for_bit() {
     let (expected, _) = expected("bf16_mha_tied");
     let length = expected.greedy.len() as u32;
